@@ -1,0 +1,193 @@
+"""The parts of a run put together, at the newest checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+
+from byol_fast import checkpoint, monitor
+from byol_fast import config as configuration
+from byol_fast.config import Config
+from byol_fast.distributed import World
+from byol_fast.model import BYOL
+from byol_fast.online_eval import OnlineEvaluation
+from byol_fast.optim import LARS, param_groups
+from byol_fast.probe import OnlineProbe
+from byol_fast.recipes import Resolved
+from byol_fast.runfolder import RunFolder
+from byol_fast.trainer import RunPlan, Trainer
+from pipelines.pipeline import build
+from pipelines.stores import Store
+
+log = logging.getLogger(__name__)
+
+OUTPUT_SIZE = 256  # of projector and predictor, as in the paper
+
+
+def assemble(
+    resolved: Resolved,
+    store: Store,
+    eval_store: Store | None,
+    world: World,
+    stack: contextlib.ExitStack,
+) -> tuple[Trainer, RunFolder]:
+    """Model, optimizer, pipeline and log around one trainer, at the newest checkpoint."""
+    config = resolved.config
+    folder = RunFolder(config.out)
+    if world.is_main:
+        stack.enter_context(folder)
+    world.barrier()
+    identity = {
+        "config": configuration.to_dict(config),
+        "data": {"fingerprint": store.fingerprint, "images": len(store)},
+    }
+    state = checkpoint.latest(folder.checkpoints, map_location=world.device)
+    if state is not None:
+        _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
+    model = _build_model(config, world)
+    spec = configuration.spec(config)
+    pipeline = build(
+        store,
+        spec=spec,
+        batch_size=resolved.global_batch,
+        accumulate=config.input.accumulate,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        device=world.device,
+        backend=config.backend,
+        threads=config.input.threads,
+    )
+    stack.callback(pipeline.close)
+    groups = param_groups(model.online, resolved.weight_decay)
+    for group in groups:
+        group["adapt"] = group["adapt"] and config.optim.adapt
+    optimizer = LARS(
+        groups,
+        lr=0.0,
+        norm=config.optim.norm,
+        lr_in_momentum=config.optim.lr_in_momentum,
+    )
+    evaluation, probe = _evaluation(config, store, eval_store, model, world)
+    plan = _run_plan(resolved, world)
+    runlog = monitor.RunLog(
+        folder.path,
+        rank=world.rank,
+        world_size=world.size,
+        total_steps=plan.total_steps,
+        tensorboard=config.monitor.tensorboard,
+        wandb=config.monitor.wandb,
+        resume_step=None if state is None else state["step"],
+        config=identity["config"],
+    )
+    stack.callback(runlog.close)
+    trainer = Trainer(
+        world=world,
+        folder=folder,
+        plan=plan,
+        model=model,
+        optimizer=optimizer,
+        pipeline=pipeline,
+        evaluation=evaluation,
+        probe=probe,
+        runlog=runlog,
+        identity={**identity, "hyper": model.hyper},
+    )
+    if state is not None:
+        trainer.load_state(state)
+        log.info("resumed at step %d of %d", trainer.step, plan.total_steps)
+    if world.is_main:
+        checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
+        folder.status("running", step=trainer.step, total_steps=plan.total_steps)
+    return trainer, folder
+
+
+def _build_model(config: Config, world: World) -> BYOL:
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    model = BYOL(
+        config.backbone,
+        config.model.hidden_layer,
+        config.image_size,
+        projector=(config.model.hidden_size, OUTPUT_SIZE),
+        predictor=(config.model.hidden_size, OUTPUT_SIZE),
+        stem=config.model.stem,
+        bn_sync=config.model.bn_sync and world.size > 1,
+    )
+    return model.to(world.device).to(memory_format=torch.channels_last)
+
+
+def _evaluation(
+    config: Config, store: Store, eval_store: Store | None, model: BYOL, world: World
+) -> tuple[OnlineEvaluation | None, OnlineProbe | None]:
+    """kNN on rank 0 and the online probe on every rank, where there are labels for them."""
+    if len(store.classes) < 2:
+        log.info("the images have no labels: training without kNN accuracy and linear probe")
+        return None, None
+    probe = OnlineProbe(model.feature_dim, len(store.classes), world.device)
+    if not world.is_main:
+        return None, probe
+    evaluation = OnlineEvaluation(
+        store,
+        eval_store,
+        spec=configuration.spec(config),
+        device=world.device,
+        threads=config.input.threads,
+    )
+    log.info("kNN and probe accuracy are measured on %s", evaluation.source)
+    return evaluation, probe
+
+
+def _run_plan(resolved: Resolved, world: World) -> RunPlan:
+    config = resolved.config
+    return RunPlan(
+        total_steps=resolved.total_steps,
+        warmup_steps=resolved.warmup_steps,
+        peak_lr=resolved.peak_lr,
+        target_decay=resolved.target_decay,
+        global_batch=resolved.global_batch,
+        seed=config.seed,
+        precision=_precision(config.run.precision, world),
+        stop_after=resolved.stop_after,
+        log_every=config.monitor.log_every,
+        eval_every=config.monitor.eval_every,
+        checkpoint_steps=config.checkpoint.every_steps,
+        checkpoint_minutes=config.checkpoint.every_minutes,
+        keep_checkpoints=config.checkpoint.keep,
+        stop_on_collapse=config.monitor.on_collapse == "stop",
+    )
+
+
+def _precision(asked: str, world: World) -> str:
+    """What `auto` means on this device."""
+    if asked != "auto":
+        return asked
+    on_gpu = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bf16" if on_gpu else "fp32"
+
+
+def _same_run(state: dict[str, Any], identity: dict[str, Any], *, allowed: bool) -> None:
+    """Refuse to go on with other settings or other images than the checkpoint's."""
+    saved = configuration.from_dict(state["config"], "the checkpoint")
+    now = configuration.from_dict(identity["config"])
+    changes = configuration.diff(saved, now)
+    if state["data"] != identity["data"]:
+        before, after = state["data"], identity["data"]
+        changes.append(
+            f"data: {before['images']} images ({before['fingerprint'][:12]}) → "
+            f"{after['images']} images ({after['fingerprint'][:12]})"
+        )
+    if not changes:
+        return
+    listed = "\n  ".join(changes)
+    if not allowed:
+        raise ValueError(
+            f"the checkpoint in {now.out} belongs to another run:\n  {listed}\n"
+            f"Choose another --out, go back to these settings, or accept the change with "
+            f"--checkpoint.allow-config-change"
+        )
+    log.warning("going on from a checkpoint of another configuration:\n  %s", listed)

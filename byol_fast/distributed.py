@@ -1,0 +1,122 @@
+"""One small API over one process or many: torchrun's environment in, a `World` out."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=5)  # of a step: a rank that hangs is noticed after this
+PATIENCE = timedelta(hours=6)  # of waiting for rank 0 to index, verify or evaluate
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, and the device it works on."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None  # gloo: agreement of the hosts, beside NCCL
+    patient: dist.ProcessGroup | None = None  # gloo: for waiting while rank 0 works alone
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set on any rank. Blocks the host, never the GPU."""
+        if self.control is None:
+            return flags
+        values = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(bool(value) for value in values.tolist())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Element-wise mean over the ranks of a host tensor."""
+        if self.control is None:
+            return values
+        dist.all_reduce(values, group=self.control)
+        return values / self.size
+
+    def barrier(self) -> None:
+        """Wait until every rank is here, however long one of them takes."""
+        if self.patient is not None:
+            dist.barrier(group=self.patient)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank, however long rank 0 takes to have it."""
+        if self.patient is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]
+
+
+def start(device: str = "auto") -> World:
+    """Join the process group torchrun describes, or be the only process.
+
+    Args:
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ValueError: a CUDA device was asked for and there is none, or fewer than local ranks.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError(f"device {device!r}: no CUDA device is visible; use --device cpu")
+        if device == "cuda":
+            if local_rank >= count:
+                raise ValueError(
+                    f"local rank {local_rank} has no GPU of its own ({count} visible): "
+                    f"use torchrun --nproc_per_node={count}"
+                )
+            device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    where = torch.device(device)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World(0, 1, where)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    control, patient = (
+        cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+        for timeout in (TIMEOUT, PATIENCE)
+    )
+    return World(dist.get_rank(), dist.get_world_size(), where, control, patient)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel(module: nn.Module, world: World) -> nn.Module:
+    """`module` under DistributedDataParallel, or as it is in a world of one."""
+    if world.size == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,  # BatchNorm's running statistics are rank 0's when saved
+        gradient_as_bucket_view=True,  # one copy of the gradients instead of two
+    )
+
+
+def without_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """A block in which gradients are accumulated locally, not reduced over the ranks."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()  # type: ignore[no-any-return]
+    return nullcontext()

@@ -1,0 +1,28 @@
+"""Exit codes of the commands, and the errors that carry them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """What a command's exit status means."""
+
+    DONE = 0
+    USAGE = 2
+    NO_CHECKPOINT = 3
+    DATA = 4
+    DIVERGED = 5
+    PREEMPTED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be loaded; the message names the files and what is wrong with each."""
+
+
+class Diverged(RuntimeError):
+    """Training was stopped: the loss is not finite, or the embeddings have collapsed."""
+
+
+class Preempted(RuntimeError):
+    """A signal asked the run to end; a checkpoint of the last step has been written."""

@@ -1,0 +1,1 @@
+"""What a learned representation is worth: kNN and linear accuracy of frozen features."""

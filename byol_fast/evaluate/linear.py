@@ -1,0 +1,221 @@
+"""Linear evaluation: a softmax classifier on the frozen network, by two published recipes.
+
+Training images are cropped and flipped through the epoch plan (one window each, no colours); test
+images are shown once, by the authors' centre crop. The backbone stays in eval mode throughout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from byol_fast.evaluate.features import Features, evaluating, extract, inference
+from byol_fast.evaluate.head import HeadTrainer, batches, top_k
+from byol_fast.evaluate.protocols import MMPRETRAIN, PAPER, QUICK, Protocol
+from pipelines.augment import reference
+from pipelines.pipeline import open_source
+from pipelines.plan import Rows, RowStream, total_steps
+from pipelines.progress import Progress
+from pipelines.spec import AugmentSpec, ViewSpec
+from pipelines.stores import Store
+
+__all__ = ["MMPRETRAIN", "PAPER", "QUICK", "LinearResult", "Protocol", "fit", "fit_features"]
+
+# The pretraining crop and flip, and nothing else.
+CROP_AND_FLIP = ViewSpec(jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearResult:
+    """Accuracies as shares of 1, and the classifier that reached them."""
+
+    protocol: Protocol
+    top1: float
+    top5: float  # of min(5, classes) guesses
+    head: nn.Linear  # on the CPU; takes the backbone's features as they are
+    test_images: int
+    bad_images: int  # could not be decoded and were left out of the test
+    images_per_second: float  # training: reading, network and classifier; quick: reading, network
+    final_loss: float  # training loss, mean over the last epoch
+
+
+def fit(
+    backbone: nn.Module,
+    train: Store,
+    test: Store,
+    *,
+    protocol: Protocol = PAPER,
+    image_size: int,
+    spec: AugmentSpec | None = None,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+    progress: bool = False,
+) -> LinearResult:
+    """Train a classifier on the frozen `backbone` and test it.
+
+    Args:
+        backbone: images `[B, 3, S, S]` to features `[B, F]`; not changed.
+        train: labelled images; `test` has labels of the same numbering (see `data.prepare`).
+        spec: read for mean and std; the ImageNet statistics by default.
+        seed: of the order, the crops and the classifier's first weights.
+
+    Raises:
+        ValueError: no labels, features that are not `[B, F]`, or a loss that is not finite.
+        DataError: fewer training images than `protocol.batch_size`.
+    """
+    spec, device = replace(spec or AugmentSpec(), image_size=image_size), torch.device(device)
+    features = partial(
+        extract,
+        backbone,
+        image_size=image_size,
+        spec=spec,
+        device=device,
+        threads=threads,
+        backend=backend,
+        progress=progress,
+    )
+    classes = _classes(train)
+    if protocol.cached:
+        bank, queries = (
+            features(train, label="train features"),
+            features(test, label="test features"),
+        )
+        return fit_features(
+            bank, queries, classes=classes, protocol=protocol, device=device, seed=seed
+        )
+    started = time.perf_counter()
+    head, loss = _train_on_images(
+        backbone,
+        train,
+        classes=classes,
+        protocol=protocol,
+        spec=spec,
+        device=device,
+        seed=seed,
+        threads=threads,
+        backend=backend,
+        progress=progress,
+    )
+    seen = total_steps(protocol.epochs, len(train), protocol.batch_size) * protocol.batch_size
+    rate = seen / (time.perf_counter() - started)
+    return _result(protocol, head, features(test, label="test features"), rate, loss)
+
+
+def fit_features(
+    train: Features,
+    test: Features,
+    *,
+    classes: int,
+    protocol: Protocol = QUICK,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> LinearResult:
+    """The quick check: the classifier trained on features that were extracted once.
+
+    Features are standardised for training, so one rate fits any network; the scale is folded back
+    into the returned head. A batch larger than the training set is the whole set.
+
+    Raises:
+        ValueError: a loss that is not finite.
+    """
+    device = torch.device(device)
+    protocol = replace(protocol, batch_size=min(protocol.batch_size, len(train.labels)))
+    mean, std = train.features.mean(0), train.features.std(0, correction=0)
+    std = torch.where(std > 1e-6, std, 1.0)  # a dead channel stays what it is
+    x, labels = ((train.features - mean) / std).to(device), train.labels.to(device)
+    total = total_steps(protocol.epochs, len(x), protocol.batch_size)
+    trainer = HeadTrainer(x.shape[1], classes, protocol, total, device, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches(len(x), protocol.batch_size, total, generator):
+        batch = batch.to(device)
+        trainer.step(x[batch], labels[batch])
+    head = trainer.finish()
+    with torch.no_grad():
+        head.weight.div_(std)
+        head.bias.sub_(head.weight @ mean)
+    images, seconds = len(train.ids) + len(test.ids), train.seconds + test.seconds
+    loss = trainer.mean_loss(total // protocol.epochs)
+    return _result(protocol, head, test, images / seconds if seconds else 0.0, loss)
+
+
+def _train_on_images(
+    backbone: nn.Module,
+    train: Store,
+    *,
+    classes: int,
+    protocol: Protocol,
+    spec: AugmentSpec,
+    device: torch.device,
+    seed: int,
+    threads: int | None,
+    backend: str,
+    progress: bool,
+) -> tuple[nn.Linear, float]:
+    """The head after `protocol.epochs`, and its mean training loss over the last epoch."""
+    spec = replace(spec, views=(CROP_AND_FLIP, CROP_AND_FLIP), semantics=protocol.semantics)
+    stream = RowStream(spec, seed=seed, sizes=train.sizes, batch_size=protocol.batch_size)
+    total = total_steps(protocol.epochs, len(train), protocol.batch_size)
+    labels = torch.as_tensor(train.labels, dtype=torch.int64)
+    backbone = backbone.to(device)
+    source = open_source(train, spec.image_size, device, backend=backend, threads=threads)
+    meter = Progress("linear training", total * protocol.batch_size, enabled=progress)
+    pending: deque[Rows] = deque()
+
+    def feed() -> Iterator[Rows]:
+        for step in range(total):
+            pending.append(_one_view(stream.rows(step)))
+            yield pending[-1]
+
+    trainer: HeadTrainer | None = None
+    try:
+        with evaluating(backbone), meter:
+            for crops in source.crops(feed()):
+                rows = pending.popleft()
+                x = reference.apply(crops, torch.from_numpy(rows.colours), spec)[0]
+                with inference(device):
+                    features = backbone(x)
+                if trainer is None:
+                    trainer = HeadTrainer(features.shape[1], classes, protocol, total, device, seed)
+                trainer.step(features, labels[rows.ids].to(device, non_blocking=True))
+                meter.advance(len(rows))
+    finally:
+        source.close()
+    assert trainer is not None  # RowStream refuses a batch larger than the data
+    return trainer.finish(), trainer.mean_loss(total // protocol.epochs)
+
+
+def _one_view(rows: Rows) -> Rows:
+    """The first window of each row: the source then decodes once and cuts once."""
+    return Rows(rows.ids, rows.windows[:, :1], rows.colours[:, :1])
+
+
+def _result(
+    protocol: Protocol, head: nn.Linear, test: Features, rate: float, loss: float
+) -> LinearResult:
+    top1, top5 = top_k(head, test)
+    return LinearResult(
+        protocol=protocol,
+        top1=top1,
+        top5=top5,
+        head=head,
+        test_images=len(test.labels),
+        bad_images=len(test.bad),
+        images_per_second=rate,
+        final_loss=loss,
+    )
+
+
+def _classes(store: Store) -> int:
+    labels = np.asarray(store.labels)
+    if not len(labels) or int(labels.min()) < 0:
+        raise ValueError("every training image needs a label; -1 marks one without")
+    return max(len(store.classes), int(labels.max()) + 1)

@@ -1,0 +1,233 @@
+"""LARS as BYOL's authors define it, and the target's moving average, both without host syncs.
+
+Source: `byol/utils/optimizers.py` of the authors (LARS there is two small transforms: decay and
+adaptation, both skipping biases and norms, then momentum and the learning rate).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Impl = Literal["auto", "reference", "foreach"]
+Norm = Literal["update", "sum"]
+_Tensors = list[Tensor] | tuple[Tensor, ...]
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive SGD with momentum.
+
+    For a tensor p with gradient g, weight decay wd and momentum buffer m (0 at first):
+
+        u = g + wd·p
+        u = u · eta·‖p‖/‖u‖        adapted groups only; factor 1 if either norm is 0, no epsilon
+        m = momentum·m + u
+        p = p − lr·m
+
+    Groups carry `adapt: bool` (default True); `param_groups` makes the usual two. With
+    `eta=1, adapt=False` groups this is SGD with momentum. `lr` is a float or a 0-d tensor, which
+    every group then shares and `set_lr` fills in place (a CUDA graph can hold the step).
+
+    impl: "foreach" ("auto") runs the step as a fixed number of multi-tensor calls and never reads
+        a value back from the device; "reference" is the plain loop it is tested against. Both share
+        one state layout, so a state dict moves between them.
+    norm: "update" divides by ‖u‖ (the authors'); "sum" divides by ‖g‖ + wd·‖p‖ + 1e-8
+        (mmpretrain, lightly).
+    lr_in_momentum: m = momentum·m + lr·u; p = p − m (mmpretrain).
+
+    Raises ValueError for hyper-parameters out of range. Tensors without a gradient are skipped.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 1e-3,
+        impl: Impl = "auto",
+        norm: Norm = "update",
+        lr_in_momentum: bool = False,
+    ) -> None:
+        if isinstance(lr, Tensor):
+            if lr.dim() != 0:
+                raise ValueError(f"a tensor lr must be 0-d, got shape {list(lr.shape)}")
+        elif not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"lr must be finite and >= 0, got {lr}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        if weight_decay < 0 or eta <= 0:
+            raise ValueError(f"need weight_decay >= 0 and eta > 0, got {weight_decay} and {eta}")
+        if impl not in get_args(Impl):
+            raise ValueError(f"impl is one of {', '.join(get_args(Impl))}, got {impl!r}")
+        if norm not in get_args(Norm):
+            raise ValueError(f"norm is update or sum, got {norm!r}")
+        # Not in the groups: a state dict must not carry the implementation along.
+        self.norm, self.lr_in_momentum = norm, lr_in_momentum
+        self._update = _reference if impl == "reference" else _foreach
+        groups = {"momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
+        super().__init__(params, {"lr": lr, **groups})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update; a closure is run first, with gradients on, and its loss returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                buffers = [self._buffer(p) for p in params]
+                grads = [p.grad for p in params]
+                self._update(params, grads, buffers, group, self.norm, self.lr_in_momentum)
+        return loss
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but a tensor lr stays the same tensor (a graph may hold its address)."""
+        own = [group["lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, lr in zip(self.param_groups, own, strict=True):
+            loaded = float(group["lr"])
+            group["lr"] = lr.fill_(loaded) if isinstance(lr, Tensor) else loaded
+
+
+def _reference(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    group: dict[str, Any],
+    norm: Norm,
+    lr_in_momentum: bool,
+) -> None:
+    wd, lr = group["weight_decay"], group["lr"]
+    for p, g, m in zip(params, grads, buffers, strict=True):
+        u = g + wd * p
+        if group["adapt"]:
+            size = p.norm()
+            over = u.norm() if norm == "update" else g.norm()
+            if size > 0 and over > 0:
+                if norm == "sum":
+                    over = over + wd * size + 1e-8
+                u = u * (group["eta"] * size / over)
+        m.mul_(group["momentum"]).add_(lr * u if lr_in_momentum else u)
+        p.sub_(m if lr_in_momentum else lr * m)
+
+
+def _foreach(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    group: dict[str, Any],
+    norm: Norm,
+    lr_in_momentum: bool,
+) -> None:
+    wd, lr = group["weight_decay"], group["lr"]
+    u: _Tensors = torch._foreach_add(grads, params, alpha=wd) if wd else grads
+    torch._foreach_mul_(buffers, group["momentum"])
+    if group["adapt"]:
+        ratio = _trust_ratios(params, grads, u, group["eta"], wd, norm)  # [tensors]
+        if lr_in_momentum:
+            ratio = ratio * lr
+        # Ratio and sum in one pass: the scaled update is never written.
+        torch._foreach_addcmul_(buffers, u, ratio.unbind())
+    elif not lr_in_momentum:
+        torch._foreach_add_(buffers, u)
+    elif isinstance(lr, Tensor):
+        torch._foreach_add_(buffers, torch._foreach_mul(u, lr))
+    else:
+        torch._foreach_add_(buffers, u, alpha=lr)
+    if lr_in_momentum:
+        torch._foreach_sub_(params, buffers)
+    elif isinstance(lr, Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(buffers, lr))
+    else:
+        torch._foreach_add_(params, buffers, alpha=-lr)
+
+
+def _trust_ratios(
+    params: list[Tensor],
+    grads: list[Tensor],
+    u: _Tensors,
+    eta: float,
+    wd: float,
+    norm: Norm,
+) -> Tensor:
+    """[tensors] eta·‖p‖/‖u‖, 1 where a norm is 0: branch-free, so nothing waits for the device."""
+    size = torch.stack(torch._foreach_norm(params))
+    over = torch.stack(torch._foreach_norm(u if norm == "update" else grads))
+    live = (size > 0) & (over > 0)
+    if norm == "sum":
+        over = over + wd * size + 1e-8
+    return torch.where(live, eta * size / over, 1.0)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set every group's learning rate; a tensor lr is filled in place."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def param_groups(
+    module: nn.Module, weight_decay: float, *, adapt: bool = True
+) -> list[dict[str, Any]]:
+    """The trainable parameters as two groups for `LARS`; an empty group is left out.
+
+    adapt: False takes the trust ratio from weights too; with it LARS is SGD with momentum.
+
+    Weights with more than one dimension are adapted and decayed; biases and all parameters of norm
+    layers (those of `downsample` too) are neither. ResNet-50 with heads: 57 and 112 tensors.
+    """
+    of_norms = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters()}
+    adapted: list[Tensor] = []
+    excluded: list[Tensor] = []
+    for p in module.parameters():
+        if p.requires_grad:
+            (adapted if p.dim() > 1 and id(p) not in of_norms else excluded).append(p)
+    groups = [
+        {"params": adapted, "weight_decay": weight_decay, "adapt": adapt},
+        {"params": excluded, "weight_decay": 0.0, "adapt": False},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def ema_(target: list[Tensor], online: list[Tensor], decay: float | Tensor) -> None:
+    """target = decay·target + (1 − decay)·online, in place, as multi-tensor calls.
+
+    Give parameters, not buffers, and keep them fp32: at decay .996 and above a bf16 average stands
+    still. `decay` may be a 0-d tensor on the parameters' device; nothing is read back from it.
+    Empty lists are fine: SimSiam has no target.
+    """
+    if not target:
+        return
+    if not isinstance(decay, Tensor):
+        torch._foreach_lerp_(target, online, 1.0 - decay)
+        return
+    # _foreach_lerp_ takes host scalars only, so the same lerp in three calls.
+    weight = (1.0 - decay).to(target[0].dtype)
+    step = torch._foreach_sub(online, target)
+    torch._foreach_mul_(step, weight)
+    torch._foreach_add_(target, step)

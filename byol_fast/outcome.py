@@ -1,0 +1,54 @@
+"""What a complete run leaves: the exported backbone, the summary and the report."""
+
+from __future__ import annotations
+
+import logging
+
+from byol_fast import export, report
+from byol_fast.runfolder import RunFolder
+from byol_fast.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def finish(trainer: Trainer, folder: RunFolder) -> None:
+    """Export the online backbone, write `summary.json` and `report.html`. Rank 0 only."""
+    model, pipeline = trainer.model, trainer.pipeline
+    spec = pipeline.stream.spec
+    exports = export.export_backbone(
+        model.online.encoder.backbone,
+        folder.path / "exports" / "backbone",
+        {**model.hyper, "mean": spec.mean, "std": spec.std, "steps": trainer.step},
+    )
+    if trainer.session_seconds:  # else the run was complete before, and so is its summary
+        _summarise(trainer, folder, [str(path) for path in exports])
+        trainer.runlog.event(trainer.step, "end", "training is complete")
+    trainer.runlog.close()
+    page = report.write(folder.path)
+    log.info("backbone: %s", ", ".join(str(path) for path in exports))
+    log.info("report: %s", page)
+
+
+def _summarise(trainer: Trainer, folder: RunFolder, exports: list[str]) -> None:
+    stats, store = trainer.pipeline.stats(), trainer.pipeline.store
+    seconds = trainer.clock.seconds
+    images = trainer.step * trainer.plan.global_batch
+    rate = images / seconds if seconds else 0.0
+    folder.add_to_summary(
+        training_seconds=seconds,
+        images=images,
+        images_per_second=rate,
+        images_per_second_per_gpu=rate / trainer.world.size,
+        device=str(trainer.world.device),
+        # Seconds of this session; the step is what is left of the loop's wall time.
+        throughput={
+            "decode_wait": stats["wait"],
+            "copy": stats["copy"],
+            "augment": stats["augment"],
+            "step": max(0.0, trainer.session_seconds - stats["wait"] - stats["augment"]),
+        },
+        quarantined=len(store.quarantined),
+        bad_images={store.name(row): reason for row, reason in stats["bad"].items()},
+        exports=exports,
+        report=str(folder.path / "report.html"),
+    )

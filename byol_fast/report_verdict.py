@@ -1,0 +1,150 @@
+"""What the report says first: how the run went, in plain words and in four figures."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+from byol_fast import metrics
+from byol_fast.alarms import collapsed, healthy_std
+from byol_fast.metrics import short
+from byol_fast.report_data import KNN_RAW, KNN_TRAINED, KNN_UNTRAINED, RunData
+from byol_fast.report_html import para, prose, tag
+
+
+def verdict(data: RunData) -> str:
+    """The box at the top."""
+    level, headline = judge(data)
+    sentences = [s for s in (_loss(data), _accuracy(data), _speed(data), _health(data)) if s]
+    mark = {"good": "✓ ", "bad": "✕ ", "warn": "! "}.get(level, "")
+    body = tag("h2", escape(mark + headline), id="verdict")
+    if sentences:
+        body += para(" ".join(sentences))
+    return tag("section", body, class_=f"verdict {level}", aria_labelledby="verdict")
+
+
+def judge(data: RunData) -> tuple[str, str]:
+    """(good, warn, bad or plain) and the headline."""
+    if not data.log.rows:
+        return "plain", "Nothing has been logged yet"
+    if _diverged(data):
+        return "bad", "Training diverged: the loss is not a finite number"
+    if _collapsed(data):
+        return "bad", "The embeddings collapsed"
+    trained = data.number(KNN_TRAINED)
+    untrained, raw = data.number(KNN_UNTRAINED), data.number(KNN_RAW)
+    if trained is None or untrained is None:
+        return "plain", "Trained without an alarm; kNN accuracy was not measured"
+    if trained <= untrained:
+        return "warn", "Training has not improved the features so far"
+    if raw is not None and trained <= raw:
+        return "warn", "Better than the untrained network, not yet better than raw pixels"
+    beaten = "both baselines" if raw is not None else "the untrained network"
+    return "good", f"The network learned: its features beat {beaten}"
+
+
+def tiles(data: RunData) -> str:
+    """Four figures: accuracy, loss, speed, health."""
+    trained, raw = data.number(KNN_TRAINED), data.number(KNN_RAW)
+    untrained = data.number(KNN_UNTRAINED)
+    against = [
+        f"{label} {short(value, 'share')}"
+        for label, value in (("untrained", untrained), ("raw pixels", raw))
+        if value is not None
+    ]
+    ends = _ends(data, metrics.LOSS)
+    rate = data.mean_of(metrics.IMAGES_PER_SECOND)
+    each = data.mean_of(metrics.IMAGES_PER_SECOND_PER_GPU)
+    waiting = data.mean_of(metrics.DATA_WAIT_SHARE)
+    pace = [f"{short(each, 'rate')} per device"] if each is not None and each != rate else []
+    pace += [f"{short(waiting, 'share')} waiting for data"] if waiting is not None else []
+    shown = (
+        (
+            "kNN accuracy",
+            short(trained, "share") if trained is not None else "–",
+            " · ".join(against),
+        ),
+        ("Loss", short(ends[1]) if ends else "–", f"from {short(ends[0])}" if ends else ""),
+        ("Images per second", short(rate, "rate") if rate is not None else "–", " · ".join(pace)),
+        ("Collapse", *_health_tile(data)),
+    )
+    inner = "".join(
+        tag(
+            "div",
+            tag("dt", escape(name))
+            + tag("dd", escape(value), class_="value")
+            + (tag("dd", prose(note), class_="note") if note else ""),
+            class_="tile",
+        )
+        for name, value, note in shown
+    )
+    return tag("dl", inner, class_="tiles")
+
+
+def _health_tile(data: RunData) -> tuple[str, str]:
+    ends = _ends(data, metrics.EMBEDDING_STD)
+    if ends is None:
+        return "not watched", ""
+    share = ends[1] / healthy_std(data.embedding_dim)
+    return ("yes" if _collapsed(data) else "no"), f"spread at {100 * share:.0f} % of healthy"
+
+
+def _ends(data: RunData, name: str) -> tuple[float, float] | None:
+    """First and last finite value of a logged quantity."""
+    values = [v for v in data.log.series(name)[1] if math.isfinite(v)]
+    return (values[0], values[-1]) if values else None
+
+
+def _diverged(data: RunData) -> bool:
+    loss = data.log.series(metrics.LOSS)[1]
+    told = any(e.kind == "diverged" for e in data.log.events)
+    return told or bool(loss and not math.isfinite(loss[-1]))
+
+
+def _collapsed(data: RunData) -> bool:
+    return collapsed(data.log.rows, dim=data.embedding_dim)
+
+
+def _loss(data: RunData) -> str:
+    ends = _ends(data, metrics.LOSS)
+    if ends is None:
+        return ""
+    steps = int(max(data.log.series(metrics.LOSS)[0]))
+    if ends[0] == ends[1]:
+        return f"The loss is {short(ends[1])} after {steps:,} steps."
+    way = "fell" if ends[1] < ends[0] else "rose"
+    return f"The loss {way} from {short(ends[0])} to {short(ends[1])} in {steps:,} steps."
+
+
+def _accuracy(data: RunData) -> str:
+    trained = data.number(KNN_TRAINED)
+    if trained is None:
+        return ""
+    against = [
+        f"{short(value, 'share')} for {label}"
+        for label, value in (
+            ("the untrained network", data.number(KNN_UNTRAINED)),
+            ("raw pixels", data.number(KNN_RAW)),
+        )
+        if value is not None
+    ]
+    words = f", against {' and '.join(against)}" if against else ""
+    return f"kNN accuracy is {short(trained, 'share')}{words}."
+
+
+def _speed(data: RunData) -> str:
+    rate = data.mean_of(metrics.IMAGES_PER_SECOND)
+    if rate is None:
+        return ""
+    seconds = data.log.series(metrics.ELAPSED)[1]
+    took = f" and trained for {short(seconds[-1], 'seconds')}" if seconds else ""
+    return f"It ran at {short(rate, 'rate')} images/s{took}."
+
+
+def _health(data: RunData) -> str:
+    if _collapsed(data):
+        return "All images are mapped to almost the same point; see the alarms below."
+    if _ends(data, metrics.EMBEDDING_STD) is None:
+        return ""
+    past = any(e.kind == "alarm" for e in data.log.events)
+    return "An alarm was raised on the way." if past else "There was no sign of collapse."

@@ -1,0 +1,70 @@
+"""The method on one screen: one BYOL update. Source: BYOL paper, section 3 and algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from byol_fast.distributed import without_sync
+from byol_fast.loss import pair_loss
+from byol_fast.model import BYOL
+from byol_fast.optim import ema_
+
+
+class StepOutput(NamedTuple):
+    """What a step leaves for the monitor; all on the device, nothing waited for."""
+
+    loss: Tensor  # [] mean over the rank's images, both directions summed (0 to 8)
+    prediction: Tensor  # [2B, D] of the last micro-batch, view 1 then view 2
+    representation: Tensor  # [2B, F] of the last micro-batch, detached
+
+
+def train_step(
+    model: BYOL,
+    online: nn.Module,  # model.online, under DDP where there are several ranks
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Tensor],  # `accumulate` of x [2, B, 3, S, S], each view channels_last
+    *,
+    accumulate: int,
+    decay: Tensor | float,  # τ of this step
+    autocast_dtype: torch.dtype | None = None,  # None: fp32
+    scaler: torch.amp.GradScaler | None = None,
+) -> StepOutput:
+    """Target, online, backward, LARS, EMA; one EMA per optimizer step however many micro-batches.
+
+    The learning rate is read from the optimizer's groups. With `scaler` (fp16) the update is
+    skipped when a gradient overflows, as GradScaler does.
+    """
+    scale = scaler.scale if scaler is not None else _identity
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for number, x in enumerate(batches, start=1):
+        views = x.flatten(0, 1)  # [2B, 3, S, S]: both views in one pass, BatchNorm keeps them apart
+        with nullcontext() if number == accumulate else without_sync(online):
+            with _autocast(views.device.type, autocast_dtype):
+                with torch.no_grad():
+                    target = model.target(views)
+                prediction, representation = online(views)
+            loss = pair_loss(prediction, target)
+            scale(loss / accumulate).backward()
+        total += loss.detach() / accumulate
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    # EMA after LARS, with the updated online weights, as the authors do.
+    ema_(model.target_ema_params(), model.online_ema_params(), decay)
+    return StepOutput(total, prediction.detach(), representation.detach())
+
+
+def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
+
+
+def _identity(loss: Tensor) -> Tensor:
+    return loss

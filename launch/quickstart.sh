@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# From nothing to a pretrained, evaluated network: makes the environment, writes 5,000 labelled
+# digits as images, pretrains a ResNet-18 on 4,000 of them at 32 px through the same path as a big
+# run, and says what to type next. Needs no GPU.
+#
+#   launch/quickstart.sh [--fresh] [flags of byol_fast.pretrain]
+#
+# Run again, it resumes an interrupted run and only reports a finished one; --fresh starts over.
+# The environment: see launch/_env.sh (PYTHON=… names another interpreter or environment).
+set -euo pipefail
+# shellcheck source=launch/_env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+cd "$ROOT"
+
+out=runs/quickstart
+data=runs/data/mnist5k
+fresh=no
+flags=()
+while (($#)); do
+    case $1 in
+    -h | --help)
+        sed -n '2,/^set -euo/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    --fresh) fresh=yes ;;
+    --out)
+        out=${2:?--out needs a folder}
+        shift
+        ;;
+    --out=*) out=${1#--out=} ;;
+    *) flags+=("$1") ;;
+    esac
+    shift
+done
+
+prepare_environment quickstart 6
+
+say "data"
+"$PY" -m byol_fast.quickstart "$data"
+
+if [[ $fresh == yes && -e $out ]]; then
+    # only a folder that a run made is deleted
+    [[ -f $out/config.yaml || -f $out/status.json ]] ||
+        die "$out is not a run folder, so --fresh leaves it alone: name another with --out"
+    say "deleting $out (--fresh)"
+    rm -rf "$out"
+elif [[ -f $out/summary.json ]]; then
+    say "$out holds a finished run (--fresh starts over)"
+elif [[ -d $out/checkpoints ]]; then
+    say "resuming $out (--fresh starts over)"
+fi
+
+say "pretraining into $out"
+"$PY" -m byol_fast.pretrain --recipe quickstart --data "$data/train" \
+    --monitor.eval_data "$data/test" --out "$out" "${flags[@]+"${flags[@]}"}"
+
+"$PY" -m byol_fast.quickstart --summary "$out"

@@ -1,0 +1,199 @@
+"""Indexing a folder of images once: `open_index`, and `python -m pipelines.index DIR [--verify]`.
+
+An index is reused while the folder is unchanged: the modification times of its folders and the
+names in its root. After a change everything is listed again, but only files whose byte size or time
+changed are read again. A file overwritten in place changes no folder's time: run the command, which
+always compares every file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import DataError
+from pipelines.indexbuild import make_index, root_listing
+from pipelines.indexfile import Index, load, locations, save
+from pipelines.scan import printable
+
+log = logging.getLogger(__name__)
+
+_SETTLED = 2 * 10**9  # ns: a folder changed so shortly before it was listed may change unseen
+
+
+def open_index(
+    root: Path,
+    *,
+    verify: bool = True,
+    workers: int | None = None,
+    progress: bool = True,
+    refresh: bool = False,
+) -> Index:
+    """The index of the images below `root`: read from its file if that still holds, else made.
+
+    Args:
+        root: a folder.
+        verify: every image was, or now is, decoded strictly; otherwise its header is enough.
+            An index that was once verified stays so.
+        workers: threads; by default every core this process may use.
+        progress: show how far it is, on stderr.
+        refresh: compare every file's size and time even if no folder changed.
+
+    Raises:
+        DataError: the folder cannot be listed or holds no images.
+    """
+    return _open(root, verify, workers, progress, refresh)[0]
+
+
+def _open(
+    root: Path, verify: bool, workers: int | None, progress: bool, refresh: bool
+) -> tuple[Index, int]:
+    """The index, and how many files were read for it."""
+    previous, path, holds = _find(root)
+    if previous is not None and path is not None:
+        if holds and not refresh and (previous.verified or not verify):
+            return previous, 0
+        try:
+            previous = load(path, root, stats=True)
+        except (DataError, FileNotFoundError):
+            previous = None  # replaced since by another process
+    index, read = make_index(root, previous, verify=verify, workers=workers, progress=progress)
+    _keep(index)
+    return index, read
+
+
+def _find(root: Path) -> tuple[Index | None, Path | None, bool]:
+    """The index to start from, its file, and whether it holds: one that does if there is one."""
+    found: tuple[Index | None, Path | None, bool] = (None, None, False)
+    for path in locations(root):
+        try:
+            index = load(path, root)
+        except FileNotFoundError:
+            continue
+        except DataError as error:
+            log.warning("%s: indexing again", error)
+            continue
+        if _unchanged(index):
+            return index, path, True
+        if found[0] is None:
+            found = (index, path, False)
+    return found
+
+
+def _unchanged(index: Index) -> bool:
+    root = os.fsencode(index.root)
+    try:
+        for folder, mtime in zip(index.dirs, index.dir_mtimes.tolist(), strict=True):
+            now = os.stat(os.path.join(root, folder)).st_mtime_ns
+            if now != mtime or now > index.scanned_at - _SETTLED:
+                return False
+        return root_listing(root) == index.listing
+    except OSError:
+        return False
+
+
+def _keep(index: Index) -> None:
+    """Writes the index where it can be written."""
+    errors = []
+    for path in locations(index.root):
+        try:
+            save(index, path)
+        except OSError as error:
+            errors.append(f"{path}: {error.strerror or error}")
+        else:
+            log.info("index written to %s", path)
+            return
+    log.warning(
+        "the index cannot be stored (%s), so every start indexes again: "
+        "set BYOL_FAST_CACHE to a folder that can be written to",
+        "; ".join(errors),
+    )
+
+
+def refuse_if_bad(index: Index, max_bad_share: float = 0.05) -> None:
+    """Refuses a folder in which more than `max_bad_share` of the images are bad, or all are.
+
+    Raises:
+        DataError: with the first few names and reasons.
+    """
+    bad = len(index.bad)
+    if len(index) and bad <= max_bad_share * (len(index) + bad):
+        return
+    named = "; ".join(f"{printable(b.path)}: {b.reason}" for b in index.bad[:3])
+    raise DataError(
+        f"{index.root}: {bad} of {len(index) + bad} images cannot be used, which is more than "
+        f"{max_bad_share:.1%} ({named}{'; …' if bad > 3 else ''}): remove or replace them; "
+        f"python -m pipelines.index {shlex.quote(str(index.root))} names them all"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code: 0 usable, 4 not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.index",
+        description="Index a folder of images: count, name the classes and find broken files.",
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of images")
+    parser.add_argument("--verify", action="store_true", help="decode every image strictly")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: every core)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start = time.perf_counter()
+    try:
+        if not args.dir.is_dir():
+            raise DataError(f"{args.dir} is not a folder: name the folder that holds the images")
+        index, read = _open(args.dir, args.verify, args.workers, progress=True, refresh=True)
+        report = _report(index, read, time.perf_counter() - start)
+        print(json.dumps(report, indent=2) if args.json else _text(report))
+        refuse_if_bad(index)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 4
+    return 0
+
+
+def _report(index: Index, read: int, seconds: float) -> dict[str, Any]:
+    return {
+        "root": printable(str(index.root)),
+        "images": len(index),
+        "classes": list(index.classes),
+        "verified": index.verified,
+        "quarantined": [{"name": printable(b.path), "reason": b.reason} for b in index.bad],
+        "ignored": index.ignored,
+        "notes": list(index.notes),
+        "fingerprint": index.fingerprint,
+        "read": read,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(read / max(seconds, 1e-9), 1),
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    classes, checked = report["classes"], "verified" if report["verified"] else "headers read"
+    some = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
+    lines = [
+        f"{report['root']}: {report['images']:,} images ({checked})",
+        f"classes: {len(classes)} ({some})" if classes else "classes: none, the set is unlabelled",
+        f"quarantined: {len(report['quarantined'])}; other files ignored: {report['ignored']:,}",
+        *(f"  {bad['name']}: {bad['reason']}" for bad in report["quarantined"]),
+        *(f"note: {note}" for note in report["notes"]),
+        f"read {report['read']:,} files in {report['seconds']:.1f} s, "
+        f"{report['images_per_second']:,.0f} images/s; fingerprint {report['fingerprint'][:16]}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end it
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Rows of a store as bytes or pixels, timed, with the bad ones entered in a list."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.decode import decode
+from pipelines.errors import BadImage
+from pipelines.stores import Images, Store
+
+log = logging.getLogger(__name__)
+
+
+class Reader:
+    """Reads a store from any number of threads."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.bad: dict[int, str] = {}  # sample id -> reason
+        self.seconds = 0.0  # spent in the store's `read`, summed over the threads
+        self._sizes = store.sizes
+        self._lock = threading.Lock()
+
+    def read(self, row: int) -> bytes | Images:
+        """What the store holds for `row`.
+
+        Raises:
+            BadImage: it cannot be read any more.
+            Exception: any other error of the store, with the image's name added.
+        """
+        started = time.perf_counter()
+        try:
+            return self.store.read(row)
+        except BadImage:
+            raise
+        except Exception as error:
+            error.add_note(f"while reading {self.store.name(row)}")
+            raise
+        finally:
+            elapsed = time.perf_counter() - started
+            with self._lock:
+                self.seconds += elapsed
+
+    def pixels(self, row: int, data: bytes | Images) -> npt.NDArray[np.uint8]:
+        """uint8 `[H, W, 3]` of the `data` that `read` gave.
+
+        Raises:
+            BadImage: it cannot be decoded, or has not the size that was indexed.
+        """
+        image = decode(data) if isinstance(data, bytes) else data
+        self.check_size(row, image.shape[0], image.shape[1])
+        return image
+
+    def check_size(self, row: int, height: int, width: int) -> None:
+        """Windows were drawn for the indexed size and fit no other.
+
+        Raises:
+            BadImage: the sizes differ, as after a file was replaced.
+        """
+        indexed = self._sizes[row]
+        if height != indexed[0] or width != indexed[1]:
+            raise BadImage(
+                f"it has {height} x {width} pixels, but had {indexed[0]} x {indexed[1]} when it "
+                "was indexed"
+            )
+
+    def add_bad(self, row: int, error: BadImage) -> None:
+        """Enter a row whose image is bad, and warn of it the first time."""
+        with self._lock:
+            if row in self.bad:
+                return
+            self.bad[row] = str(error)
+        name = self.store.name(row)
+        log.warning("%s cannot be decoded and is shown as grey: %s", name, error)

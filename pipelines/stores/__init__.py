@@ -1,0 +1,115 @@
+"""Where images live: one protocol, and `open_store`, which picks the store a data set needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.errors import DataError
+
+Images: TypeAlias = npt.NDArray[np.uint8]
+ArrayData: TypeAlias = Images | tuple[Images, npt.ArrayLike | None]  # images, or (images, labels)
+
+MEND = "name a folder of images, an .npz or .npy file of uint8 images, or synthetic:N"
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A fixed table of images; row numbers are the sample ids of a plan. Read from any thread."""
+
+    @property
+    def encoded(self) -> bool:
+        """Whether `read` gives encoded bytes, else uint8 pixels `[H, W, 3]`."""
+        ...
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """`[n, 2]` heights and widths in pixels, as `pipelines.decode` sees them."""
+        ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """`[n]` class numbers, -1 where unlabelled."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, () where there are none."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of what the rows are: names and byte sizes, or content."""
+        ...
+
+    @property
+    def quarantined(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of files that are not rows because they cannot be read as images."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> bytes | Images:
+        """The image of one row.
+
+        Raises:
+            BadImage: the file cannot be read (any more).
+        """
+        ...
+
+    def name(self, row: int) -> str:
+        """A printable name of one row: a path, or `images[12]`."""
+        ...
+
+
+def open_store(
+    data: str | Path | ArrayData,
+    *,
+    verify: bool = True,
+    workers: int | None = None,
+    progress: bool = True,
+    max_bad_share: float = 0.05,
+) -> Store:
+    """The store behind `data`.
+
+    Args:
+        data: a folder of images (indexed on first use), an `.npz` file (`images`, and optionally
+            `labels` and `classes`), an `.npy` file, `synthetic:N`, uint8 arrays `[N, H, W, 3]` or
+            `[N, H, W]`, or a pair (images, labels).
+        verify: decode every image of a folder strictly when it is indexed; otherwise only headers
+            are read, and a broken image shows itself while training.
+        workers: threads that index a folder; by default every core this process may use.
+        progress: show how far indexing is, on stderr.
+        max_bad_share: the largest share in [0, 1] of unreadable images that is put up with.
+
+    Raises:
+        DataError: nothing usable there; the message gives cause, path and mend.
+    """
+    if isinstance(data, tuple | np.ndarray):
+        from pipelines.stores.arrays import ArrayStore
+
+        images, labels = data if isinstance(data, tuple) else (data, None)
+        return ArrayStore(images, labels)
+    text, path = str(data), Path(data).expanduser()
+    if not text:
+        raise DataError(f"no data set was named: {MEND}")
+    if text.startswith("synthetic:"):
+        from pipelines.stores.synthetic import SyntheticStore
+
+        return SyntheticStore.parse(text)
+    if path.is_dir():
+        from pipelines.stores.folder import FolderStore
+
+        return FolderStore.open(
+            path, verify=verify, workers=workers, progress=progress, max_bad_share=max_bad_share
+        )
+    if path.suffix in (".npz", ".npy") and path.is_file():
+        from pipelines.stores.arrays import load_arrays
+
+        return load_arrays(path)
+    if path.exists():
+        raise DataError(f"{path} is not a data set this version reads: {MEND}")
+    raise DataError(f"{path} does not exist: check the path, or {MEND}")

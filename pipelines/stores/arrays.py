@@ -1,0 +1,137 @@
+"""Images in memory, or in an `.npz` / `.npy` file: uint8 `[N, H, W, 3]`, or grey `[N, H, W]`."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.decode import MAX_PIXELS
+from pipelines.errors import DataError
+
+_HASH_WHOLE = 2 << 30  # bytes: 2 s of sha256; of more, every k-th image is hashed
+_MOST_CLASSES = 1_000_000
+
+
+class ArrayStore:
+    """Images that are arrays already. Nothing is copied.
+
+    Args:
+        images: uint8 `[N, H, W, 3]`, `[N, H, W, 1]` or `[N, H, W]`.
+        labels: `[N]` class numbers from 0, -1 for an unlabelled image; None if there are none.
+        classes: names of the classes; by default their numbers.
+        where: what messages and `name` call the array.
+    """
+
+    encoded = False
+    quarantined: tuple[tuple[str, str], ...] = ()
+
+    def __init__(
+        self,
+        images: npt.ArrayLike,
+        labels: npt.ArrayLike | None = None,
+        classes: Sequence[str] | None = None,
+        *,
+        where: str = "images",
+    ) -> None:
+        self.where, self.images = where, _check_images(np.asanyarray(images), where)
+        n = len(self.images)
+        self.labels = _check_labels(labels, n, where)
+        count = int(self.labels.max()) + 1
+        self.classes = tuple(str(c) for c in (range(count) if classes is None else classes))
+        if count > len(self.classes):
+            raise DataError(
+                f"{where}: label {count - 1} has no name in `classes` ({len(self.classes)} names): "
+                "name every class, or leave `classes` out"
+            )
+        size = np.array(self.images.shape[1:3], dtype=np.int32)
+        self.sizes: npt.NDArray[np.int32] = np.broadcast_to(size, (n, 2))
+        self.fingerprint = _fingerprint(self.images, self.labels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, row: int) -> npt.NDArray[np.uint8]:
+        """Pixels `[H, W, 3]` of row `row`; may be a view that must not be written to."""
+        image = np.asarray(self.images[row])
+        if image.ndim == 2:
+            image = image[:, :, None]
+        return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+    def name(self, row: int) -> str:
+        """`images[12]`."""
+        return f"{self.where}[{row}]"
+
+
+def load_arrays(path: Path) -> ArrayStore:
+    """The store in an `.npz` file (`images`, optional `labels`, `classes`) or an `.npy` file.
+
+    An `.npy` file is mapped into memory, not read. Object arrays are refused: they are pickles.
+    """
+    try:
+        loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return ArrayStore(loaded, where=str(path))
+        with loaded:
+            if "images" not in loaded:
+                raise DataError(
+                    f"{path} has no array `images`, only {sorted(loaded)}: "
+                    "save it as np.savez(path, images=..., labels=...)"
+                )
+            labels = loaded.get("labels")
+            classes = loaded["classes"].tolist() if "classes" in loaded else None
+            return ArrayStore(loaded["images"], labels, classes, where=str(path))
+    except DataError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as arrays ({error}): write it again") from error
+
+
+def _check_images(images: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:
+    shape = images.shape
+    if images.dtype != np.uint8:
+        raise DataError(f"{where} must be uint8 pixels in 0..255, got {images.dtype}: convert them")
+    if images.ndim == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
+        raise DataError(
+            f"{where} has its channels first, {shape}: use images.transpose(0, 2, 3, 1)"
+        )
+    if images.ndim not in (3, 4) or (images.ndim == 4 and shape[3] not in (1, 3)):
+        raise DataError(f"{where} must be [N, H, W, 3], [N, H, W, 1] or [N, H, W], got {shape}")
+    if 0 in shape:
+        raise DataError(f"{where} holds no pixels, its shape is {shape}: give at least one image")
+    if shape[1] * shape[2] > MAX_PIXELS:
+        raise DataError(f"{where}: {shape[1]} x {shape[2]} pixels are more than {MAX_PIXELS:,}")
+    return images
+
+
+def _check_labels(labels: npt.ArrayLike | None, n: int, where: str) -> npt.NDArray[np.int32]:
+    if labels is None:
+        return np.full(n, -1, dtype=np.int32)
+    array = np.asarray(labels)
+    if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
+        raise DataError(
+            f"{where}: labels must be {n} whole numbers, one an image, "
+            f"got shape {array.shape} of {array.dtype}"
+        )
+    if array.min() < -1 or array.max() >= _MOST_CLASSES:
+        raise DataError(
+            f"{where}: labels must count classes from 0 (-1: unlabelled), "
+            f"got {array.min()} to {array.max()}"
+        )
+    return array.astype(np.int32)
+
+
+def _fingerprint(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> str:
+    """sha256 of shape, pixels and labels; of an array over 2 GiB, of evenly spaced images."""
+    digest = hashlib.sha256(f"{images.shape}".encode())
+    every = -(-images.nbytes // _HASH_WHOLE)
+    step = max(1, (1 << 24) // max(1, images[0].nbytes)) * every
+    for first in range(0, len(images), step):
+        digest.update(np.ascontiguousarray(images[first : first + step : every]).data)
+    digest.update(np.ascontiguousarray(labels).data)
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""A folder of image files, with class folders or without, through its index."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from pipelines.errors import BadImage
+from pipelines.index import open_index, refuse_if_bad
+from pipelines.indexfile import Index
+from pipelines.scan import printable
+
+log = logging.getLogger(__name__)
+
+
+class FolderStore:
+    """The images below a folder; a row is a file, `read` gives its bytes.
+
+    Args:
+        index: what the folder holds; see `pipelines.index.open_index`.
+    """
+
+    encoded = True
+
+    def __init__(self, index: Index) -> None:
+        self.index, self.root = index, index.root
+        self.sizes, self.labels = index.sizes, index.labels
+        self.classes, self.fingerprint = index.classes, index.fingerprint
+        self._root = os.fsencode(index.root)
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        *,
+        verify: bool = True,
+        workers: int | None = None,
+        progress: bool = True,
+        max_bad_share: float = 0.05,
+    ) -> FolderStore:
+        """Indexes the folder, or reads its index; arguments as in `stores.open_store`.
+
+        Raises:
+            DataError: no images, or more than `max_bad_share` of them are bad.
+        """
+        index = open_index(root, verify=verify, workers=workers, progress=progress)
+        refuse_if_bad(index, max_bad_share)
+        for note in index.notes:
+            log.warning("%s: %s", root, note)
+        if index.bad:
+            log.warning(
+                "%s: %d of %d images cannot be used and are left out (the first: %s: %s); "
+                "python -m pipelines.index names them all",
+                root,
+                len(index.bad),
+                len(index) + len(index.bad),
+                printable(index.bad[0].path),
+                index.bad[0].reason,
+            )
+        return cls(index)
+
+    @property
+    def quarantined(self) -> tuple[tuple[str, str], ...]:
+        """(path, reason) of the files that are no rows."""
+        return tuple((printable(self._join(b.path)), b.reason) for b in self.index.bad)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, row: int) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            BadImage: it is gone or cannot be read.
+        """
+        try:
+            with open(self._join(self.index.below(row)), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+    def name(self, row: int) -> str:
+        """The file's path, with an escape for what cannot be printed."""
+        return printable(self._join(self.index.below(row)))
+
+    def _join(self, below: bytes) -> bytes:
+        return os.path.join(self._root, below)

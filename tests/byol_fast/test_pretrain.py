@@ -1,0 +1,308 @@
+"""The command itself: from a folder to an exported backbone, stopped and resumed, on one or two
+ranks, and what it says when it is used wrongly."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import ROOT, TINY, make_folder
+
+from byol_fast import checkpoint, metrics
+
+
+def finished(run: subprocess.CompletedProcess[str]) -> None:
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def final(out: Path) -> dict:
+    state = checkpoint.latest(out / "checkpoints")
+    assert state is not None
+    return state
+
+
+def assert_same(a, b, where: str = "") -> None:
+    """Bitwise, through nested containers."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, pretrain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end without a stop."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run = pretrain(["--data", folder, "--out", out, *TINY])
+    finished(run)
+    (out / "stderr.txt").write_text(run.stderr)
+    return out
+
+
+def test_a_run_leaves_what_is_promised(whole: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "views.npz", "embedding.npz"):
+        assert (whole / name).stat().st_size > 0
+    status = json.loads((whole / "status.json").read_text())
+    assert status == {"state": "done", "step": 24, "total_steps": 24, "reason": ""}
+    summary = json.loads((whole / "summary.json").read_text())
+    for name in ("knn_raw_pixels", "knn_untrained", "knn_trained"):
+        assert 0 <= summary[name] <= 1
+    assert summary["images"] == 6 * 64
+    assert summary["images_per_second"] > 0
+    split = summary["throughput"]
+    assert split.keys() == {"decode_wait", "copy", "augment", "step"}
+    assert 0 < sum(split.values()) <= 1.05 * summary["training_seconds"]
+
+
+def test_the_log_has_the_promised_lines(whole: Path) -> None:
+    rows = metrics.read(whole / "metrics.jsonl").rows
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 4, 8, 12, 16, 20, 24]
+    timing = ("images_per_second", "images_per_second_per_gpu", "data_wait_share")
+    gauges = ("grad_norm", "embedding_std", "rankme", "alignment", "uniformity", "probe_loss")
+    for name in ("lr", "target_decay", *gauges, *(f"time/{name}" for name in timing)):
+        assert all(np.isfinite(row[name]) for row in steps), name
+    evaluated = [row["step"] for row in rows if "knn_accuracy" in row]
+    assert evaluated == [0, 12, 24]
+    assert steps[0]["lr"] == 0.0  # warm-up starts from 0
+    assert steps[-1]["target_decay"] > steps[0]["target_decay"]
+
+
+def test_the_arithmetic_is_logged(whole: Path) -> None:
+    assert "16 = 1 rank × 16 × 1" in (whole / "stderr.txt").read_text()
+
+
+def test_the_exported_backbone_is_the_trained_one(whole: Path) -> None:
+    import torchvision
+
+    import byol_fast
+
+    x = torch.randn(2, 3, 32, 32)
+    trained = final(whole)["model"]
+    for suffix in ("safetensors", "pth"):
+        net = byol_fast.load_backbone(
+            whole / "exports" / f"backbone.{suffix}",
+            **({} if suffix == "safetensors" else {"backbone": "resnet18", "image_size": 32}),
+        )
+        assert net(x).shape == (2, 512)
+        weights = net.state_dict()["layer4.1.conv2.weight"]
+        assert torch.equal(weights, trained["online.encoder.backbone.layer4.1.conv2.weight"])
+    plain = torchvision.models.resnet18()
+    keys = torch.load(whole / "exports" / "backbone.pth", weights_only=True)
+    missing, unexpected = plain.load_state_dict(keys, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
+
+
+@pytest.mark.parametrize("stops", [(1,), (7,), (12, 23)])
+def test_resuming_at_any_step_ends_bitwise_the_same(
+    whole: Path, folder: Path, pretrain, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    for stop in stops:  # 7 and 23 lie in the middle of an epoch of 4 steps
+        finished(pretrain(["--data", folder, "--out", tmp_path, *TINY, "--max-steps", stop]))
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("preempted", stop)
+    finished(pretrain(["--data", folder, "--out", tmp_path, *TINY]))
+    a, b = final(whole), final(tmp_path)
+    for state in (a, b):
+        state.pop("seconds")
+        for free in ("data", "out"):
+            state["config"].pop(free)
+        state["config"]["run"].pop("max_steps")
+    assert_same(a, b)
+    logs = [metrics.reproducible(metrics.read(out / "metrics.jsonl")) for out in (whole, tmp_path)]
+    extra = {stop for stop in stops} - {1, 12}  # a stop logs its own last step
+    assert [row for row in logs[1] if row["step"] not in extra] == logs[0]
+
+
+def test_kill_and_repeat_ends_bitwise_the_same(
+    whole: Path, folder: Path, pretrain, tmp_path: Path
+) -> None:
+    args = ["--data", folder, "--out", tmp_path, *TINY, "--checkpoint.every", "5"]
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "byol_fast.pretrain", *map(str, args)],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "checkpoints").glob("step-*.pt")):
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    finished(pretrain(args))
+    assert_same(final(whole)["model"], final(tmp_path)["model"])
+    assert_same(final(whole)["optimizer"], final(tmp_path)["optimizer"])
+
+
+def test_sigterm_saves_and_exits_75(folder: Path, pretrain, tmp_path: Path) -> None:
+    args = ["--data", folder, "--out", tmp_path, *TINY, "--epochs", "500"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "byol_fast.pretrain", *map(str, args)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+    deadline = time.monotonic() + 120
+    while "loss" not in (
+        (tmp_path / "metrics.jsonl").read_text() if list(tmp_path.glob("m*")) else ""
+    ):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 75, errors
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "preempted" and "SIGTERM" in status["reason"]
+    assert final(tmp_path)["step"] == status["step"]
+
+
+@pytest.mark.dist
+def test_two_ranks_under_torchrun_train_like_one(folder: Path, pretrain, tmp_path: Path) -> None:
+    """The same images in the same micro-batches; bn_sync makes two ranks one batch of 16.
+
+    Sums are taken in another order, so equality is up to rounding that 3 steps have amplified.
+    """
+    args = ["--data", folder, *TINY, "--max-steps", "3", "--log-every", "1"]
+    finished(pretrain([*args, "--out", tmp_path / "one"]))
+    finished(pretrain([*args, "--out", tmp_path / "two"], ranks=2))
+    one, two = final(tmp_path / "one"), final(tmp_path / "two")
+    losses = [
+        [
+            row["loss"]
+            for row in metrics.read(tmp_path / name / "metrics.jsonl").rows
+            if "loss" in row
+        ]
+        for name in ("one", "two")
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    for name, value in one["model"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(two["model"][name], value, atol=2e-3, rtol=2e-3, msg=name)
+
+
+@pytest.mark.dist
+def test_resume_on_another_number_of_ranks(folder: Path, pretrain, tmp_path: Path) -> None:
+    args = ["--data", folder, "--out", tmp_path, *TINY]
+    finished(pretrain([*args, "--max-steps", "5"], ranks=2))
+    run = pretrain(args)
+    finished(run)
+    assert "resumed at step 5 of 24" in run.stderr
+    assert final(tmp_path)["step"] == 24
+
+
+def test_a_finished_run_repeated_is_done_at_once(whole: Path, folder: Path, pretrain) -> None:
+    before = final(whole)
+    finished(pretrain(["--data", folder, "--out", whole, *TINY]))
+    assert_same(before, final(whole))
+    assert json.loads((whole / "status.json").read_text())["state"] == "done"
+    assert json.loads((whole / "summary.json").read_text())["images_per_second"] > 0
+
+
+def test_a_folder_with_broken_files_trains_and_names_them(pretrain, tmp_path: Path) -> None:
+    data = make_folder(tmp_path / "data", images=64)
+    good = (data / "class0" / "000.jpg").read_bytes()
+    (data / "class0" / "cut.jpg").write_bytes(good[: len(good) // 2])
+    run = pretrain(["--data", data, "--out", tmp_path / "run", *TINY, "--max-steps", "2"])
+    finished(run)
+    assert "1 broken image" in run.stderr and "cut.jpg" in run.stderr
+
+
+def test_unlabelled_images_train(pretrain, tmp_path: Path) -> None:
+    data = make_folder(tmp_path / "data", images=32, classes=1)
+    run = pretrain(["--data", data / "class0", "--out", tmp_path / "run", *TINY])
+    finished(run)
+    assert "no labels" in run.stderr
+    assert "knn_trained" not in json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def mistake(name: str, folder: Path, whole: Path, tmp_path: Path) -> tuple[list[str], int, str]:
+    """Arguments, exit code and a pattern of the message for each mistake."""
+    (tmp_path / "empty").mkdir()
+    data, out = ["--data", str(folder)], ["--out", str(tmp_path / "run")]
+    return {
+        "missing path": ([*out, "--data", "/no/such/folder"], 4, "/no/such/folder"),
+        "empty folder": ([*out, "--data", str(tmp_path / "empty")], 4, "empty"),
+        "large batch": ([*data, *out, "--batch-size", "512"], 4, "larger than the data set (64"),
+        "no backbone": ([*data, *out, "--backbone", "resnet51"], 2, "did you mean 'resnet50'"),
+        "no data": (out, 2, "--data"),
+        "typo": ([*data, *out, "--batchsize", "8"], 2, "--batch-size"),
+        "no gpu": ([*data, *out, "--device", "cuda"], 2, "--device cpu"),
+        "other configuration": (
+            [*data, "--out", str(whole), "--base-lr", "0.5"],
+            2,
+            "optim.base_lr: ",
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing path",
+        "empty folder",
+        "large batch",
+        "no backbone",
+        "no data",
+        "typo",
+        "no gpu",
+        "other configuration",
+    ],
+)
+def test_a_mistake_is_told_with_its_mend(
+    name: str, folder: Path, whole: Path, pretrain, tmp_path: Path
+) -> None:
+    if name == "no gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    args, code, text = mistake(name, folder, whole, tmp_path)
+    run = pretrain([*TINY, *args])
+    assert run.returncode == code, run.stderr
+    assert text in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_other_data_on_resume_is_refused(whole: Path, pretrain, tmp_path: Path) -> None:
+    other = make_folder(tmp_path / "other", seed=5)
+    run = pretrain(["--data", other, "--out", whole, *TINY])
+    assert run.returncode == 2
+    assert "belongs to another run" in run.stderr and "data: 64 images" in run.stderr
+
+
+def test_no_loadable_checkpoint_is_exit_3(folder: Path, pretrain, tmp_path: Path) -> None:
+    args = ["--data", folder, "--out", tmp_path, *TINY]
+    finished(pretrain([*args, "--max-steps", "2"]))
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    run = pretrain(args)
+    assert run.returncode == 3
+    assert "step-00000002.pt" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_dry_run_prints_the_arithmetic_and_trains_nothing(
+    folder: Path, pretrain, tmp_path: Path
+) -> None:
+    run = pretrain(["--data", folder, "--out", tmp_path / "run", *TINY, "--dry-run"])
+    finished(run)
+    assert "24 steps = 6 epochs × 64 images // 16" in run.stdout + run.stderr
+    assert not (tmp_path / "run").exists()

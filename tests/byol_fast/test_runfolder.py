@@ -1,0 +1,67 @@
+"""One process owns a run folder; its small files are replaced in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from byol_fast.runfolder import RunFolder
+
+HOLD = """
+import sys
+from byol_fast.runfolder import RunFolder
+with RunFolder(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"in use by process {holder.pid}"), RunFolder(tmp_path):
+        pass
+    holder.communicate()
+    with RunFolder(tmp_path) as folder:  # free again once the holder has ended
+        assert folder.path == tmp_path
+
+
+def test_status_and_summary(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "new" / "run") as folder:
+        folder.status("preempted", step=3, total_steps=10, reason="SIGTERM at 3")
+        folder.add_to_summary(knn_untrained=0.5)
+        folder.add_to_summary(knn_trained=0.75)
+        assert json.loads((folder.path / "status.json").read_text()) == {
+            "state": "preempted",
+            "step": 3,
+            "total_steps": 10,
+            "reason": "SIGTERM at 3",
+        }
+        assert folder.summary() == {"knn_untrained": 0.5, "knn_trained": 0.75}
+        assert not list(folder.path.glob("*.tmp*"))
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_a_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(ValueError, match=r"cannot be written.*--out"),
+        RunFolder(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_named_with_a_mend(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="cannot be written"), RunFolder(tmp_path / "run"):
+        pass

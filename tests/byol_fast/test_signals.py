@@ -1,0 +1,27 @@
+"""A signal is a wish to stop, noticed between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from byol_fast.signals import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_first_signal_counts_and_the_second_does_no_harm(number: signal.Signals) -> None:
+    with StopSignal() as stop:
+        assert not stop.received
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
+        assert stop.name == number.name
+
+
+def test_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -62,11 +62,8 @@ def assemble(
         threads=config.input.threads,
     )
     stack.callback(pipeline.close)
-    groups = param_groups(model.online, resolved.weight_decay)
-    for group in groups:
-        group["adapt"] = group["adapt"] and config.optim.adapt
     optimizer = LARS(
-        groups,
+        param_groups(model.online, resolved.weight_decay, adapt=config.optim.adapt),
         lr=0.0,
         norm=config.optim.norm,
         lr_in_momentum=config.optim.lr_in_momentum,

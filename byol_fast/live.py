@@ -66,7 +66,6 @@ def open_display(
     total_steps: int,
     *,
     panel: str = "auto",
-    start_step: int = 0,
     title: str = "byol_fast",
     stream: TextIO | None = None,
 ) -> Display:
@@ -81,21 +80,20 @@ def open_display(
         try:
             from rich.console import Console
         except ImportError:
-            return Lines(total_steps, out, start_step=start_step)
+            return Lines(total_steps, out)
         console = Console(file=stream)
         if console.is_terminal and not console.is_dumb_terminal:
-            return Panel(total_steps, console, start_step=start_step, title=title)
-    return Lines(total_steps, out, start_step=start_step)
+            return Panel(total_steps, console, title=title)
+    return Lines(total_steps, out)
 
 
 class Lines:
     """One plain ASCII line per log point, for files, pipes and schedulers."""
 
-    def __init__(self, total_steps: int, stream: TextIO, *, start_step: int = 0) -> None:
+    def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total = total_steps
         self._stream = stream
         self._eta = Eta(total_steps)
-        self._eta.update(start_step)
 
     def log(self, step: int, values: Values) -> None:
         left = self._eta.update(step)
@@ -123,16 +121,13 @@ class Lines:
 class Panel:
     """A panel that is redrawn in place, with progress, pace, numbers and the loss's course."""
 
-    def __init__(
-        self, total_steps: int, console: Console, *, start_step: int = 0, title: str = "byol_fast"
-    ) -> None:
+    def __init__(self, total_steps: int, console: Console, *, title: str = "byol_fast") -> None:
         from rich.live import Live
 
         self._total = total_steps
         self._title = title
         self._console = console
         self._eta = Eta(total_steps)
-        self._eta.update(start_step)
         self._losses: deque[float] = deque(maxlen=TREND)
         self._alarm = ""
         # What the run prints goes above the panel; what is sent to a file stays in the file.

@@ -90,9 +90,7 @@ class RunLog:
         if isinstance(panel, bool):
             panel = "auto" if panel else "off"
         ranks = f" · {world_size} ranks" if world_size > 1 else ""
-        self._display = live.open_display(
-            total_steps, panel=panel, start_step=resume_step or 0, title=f"byol_fast{ranks}"
-        )
+        self._display = live.open_display(total_steps, panel=panel, title=f"byol_fast{ranks}")
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Log numbers measured after `step` updates. NaN and infinity become null and an event."""

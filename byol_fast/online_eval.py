@@ -92,6 +92,7 @@ class OnlineEvaluation:
                 classes=len(self.classes),
                 k=self.k,
                 temperature=self.temperature,
+                device=self.device,
             )
         )
 

@@ -21,6 +21,9 @@ MAX_POINTS = 2000  # drawn of an embedding
 # keys of summary.json: results of the kNN evaluations, shares of 1
 KNN_RAW, KNN_UNTRAINED, KNN_TRAINED = "knn_raw_pixels", "knn_untrained", "knn_trained"
 KNN_DATA = "knn_data"  # words on the images they were measured on
+RATE, RATE_PER_GPU = "images_per_second", "images_per_second_per_gpu"
+QUARANTINED = "quarantined"  # number of images left out before training
+BAD_IMAGES = "bad_images"  # {name: reason} of those that failed while training
 THROUGHPUT = "throughput"  # {part of THROUGHPUT_PARTS: seconds}
 THROUGHPUT_PARTS = {
     "decode_wait": "Waiting for the loader (read, decode, crop)",
@@ -61,6 +64,15 @@ class RunData:
         return float(value) if math.isfinite(value) else None
 
     @property
+    def images_per_second(self) -> float | None:
+        """Of the whole training where it was summed up, else the median of the log points."""
+        return self.number(RATE) or self.usual(metrics.IMAGES_PER_SECOND)
+
+    @property
+    def images_per_second_per_gpu(self) -> float | None:
+        return self.number(RATE_PER_GPU) or self.usual(metrics.IMAGES_PER_SECOND_PER_GPU)
+
+    @property
     def embedding_dim(self) -> int:
         """Size of the projections that the gauges watch."""
         model = self.config.get("model")
@@ -71,7 +83,7 @@ class RunData:
     def alarms(self) -> list[Event]:
         return [e for e in self.log.events if e.kind in ("alarm", "diverged", "not-finite")]
 
-    def mean_of(self, name: str) -> float | None:
+    def usual(self, name: str) -> float | None:
         """Median of a logged quantity without its first value, which holds the warming up."""
         values = [v for v in self.log.series(name)[1] if math.isfinite(v)]
         return float(np.median(values[1:] or values)) if values else None

@@ -12,10 +12,12 @@ from byol_fast.alarms import healthy_std
 from byol_fast.metrics import METRICS, short
 from byol_fast.report_charts import Level, Series, count, line_chart, percent, scatter
 from byol_fast.report_data import (
+    BAD_IMAGES,
     KNN_DATA,
     KNN_RAW,
     KNN_TRAINED,
     KNN_UNTRAINED,
+    QUARANTINED,
     THROUGHPUT,
     THROUGHPUT_PARTS,
     Embedding,
@@ -38,6 +40,7 @@ from byol_fast.report_html import (
 from byol_fast.report_verdict import judge
 
 TABLE_ROWS = 24  # log points in the table of numbers
+BAD_ROWS = 50  # names shown of images that could not be decoded
 PART_COLOURS = {"decode_wait": 1, "copy": 6, "augment": 2, "step": 0}
 
 
@@ -208,7 +211,7 @@ def throughput(data: RunData) -> str:
         )
     else:
         body = missing("The split of the time was not recorded.")
-    waiting = data.mean_of(metrics.DATA_WAIT_SHARE)
+    waiting = data.usual(metrics.DATA_WAIT_SHARE)
     if waiting is not None and waiting > 0.2:
         body += para(
             f"Training stood waiting for images {short(waiting, 'share')} of the time: the loader "
@@ -237,11 +240,26 @@ def events(data: RunData) -> str:
     if others:
         rows = [[f"{e.step:,}", e.kind, e.text] for e in others]
         body += tag("div", table("Events", ["Step", "Kind", "What happened"], rows), class_="card")
+    body += _bad_images(data)
     for note in data.notes:
         body += missing(note)
     if not body:
         body = missing("Nothing has been logged.")
     return section("events", "Alarms and events", body)
+
+
+def _bad_images(data: RunData) -> str:
+    """How many images were left out, and which could not be decoded while training."""
+    body = ""
+    if left_out := data.number(QUARANTINED):
+        words = f"{left_out:,.0f} broken images were found beforehand and left out of training."
+        body += para(words, "hint")
+    failed = data.summary.get(BAD_IMAGES)
+    if isinstance(failed, dict) and failed:
+        rows = [[str(name), str(reason)] for name, reason in list(failed.items())[:BAD_ROWS]]
+        title = f"{len(failed):,} images could not be decoded and were shown as grey"
+        body += tag("div", table(title, ["Image", "Reason"], rows), class_="card")
+    return body
 
 
 def configuration(data: RunData) -> str:

@@ -53,9 +53,9 @@ def tiles(data: RunData) -> str:
         if value is not None
     ]
     ends = _ends(data, metrics.LOSS)
-    rate = data.mean_of(metrics.IMAGES_PER_SECOND)
-    each = data.mean_of(metrics.IMAGES_PER_SECOND_PER_GPU)
-    waiting = data.mean_of(metrics.DATA_WAIT_SHARE)
+    rate = data.images_per_second
+    each = data.images_per_second_per_gpu
+    waiting = data.usual(metrics.DATA_WAIT_SHARE)
     pace = [f"{short(each, 'rate')} per device"] if each is not None and each != rate else []
     pace += [f"{short(waiting, 'share')} waiting for data"] if waiting is not None else []
     shown = (
@@ -133,7 +133,7 @@ def _accuracy(data: RunData) -> str:
 
 
 def _speed(data: RunData) -> str:
-    rate = data.mean_of(metrics.IMAGES_PER_SECOND)
+    rate = data.images_per_second
     if rate is None:
         return ""
     seconds = data.log.series(metrics.ELAPSED)[1]

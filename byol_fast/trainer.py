@@ -17,7 +17,7 @@ from byol_fast.distributed import World, data_parallel
 from byol_fast.errors import Diverged, Preempted
 from byol_fast.model import BYOL
 from byol_fast.online_eval import OnlineEvaluation, save_view_pairs
-from byol_fast.optim import LARS
+from byol_fast.optim import LARS, set_lr
 from byol_fast.probe import OnlineProbe
 from byol_fast.runfolder import RunFolder
 from byol_fast.schedules import learning_rate, target_decay
@@ -69,10 +69,7 @@ class Trainer:
         self.optimizer, self.pipeline, self.evaluation = optimizer, pipeline, evaluation
         self.probe, self.runlog, self.identity = probe, runlog, identity
         self.online = data_parallel(model.online, world)
-        # 0-d device tensors: new values every step without a sync, or a new compiled graph.
-        self.lr = torch.zeros((), device=world.device)
-        self.decay = torch.zeros((), device=world.device)
-        self._use_lr_tensor()
+        self.lr, self.decay = 0.0, plan.target_decay
         self.scaler = torch.amp.GradScaler(world.device.type) if plan.precision == "fp16" else None
         self.step = 0
         self.clock, self._seconds_before = Clock(), 0.0
@@ -95,7 +92,6 @@ class Trainer:
         """Continue after the step at which `state()` was taken."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._use_lr_tensor()
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.probe and state["probe"]:
@@ -138,16 +134,15 @@ class Trainer:
         plan, taken = self.plan, list[Views]()
         # A seed per step instead of a generator's state: dropout resumes with nothing to save.
         torch.manual_seed((plan.seed * 1_000_003 + self.step) * 8191 + self.world.rank)
-        lr = learning_rate(
+        self.lr = learning_rate(
             self.step,
             peak=plan.peak_lr,
             warmup_steps=plan.warmup_steps,
             total_steps=plan.total_steps,
         )
-        self.lr.fill_(lr)
-        self.decay.fill_(
-            target_decay(self.step, base=plan.target_decay, total_steps=plan.total_steps)
-        )
+        self.decay = target_decay(self.step, base=plan.target_decay, total_steps=plan.total_steps)
+        # Host numbers: eager kernels take them as arguments, a third of a tensor's passes in EMA.
+        set_lr(self.optimizer, self.lr)
 
         def batches() -> Iterator[Tensor]:  # one at a time: they are large
             for _ in range(self.pipeline.stream.accumulate):
@@ -214,8 +209,8 @@ class Trainer:
         return {
             "epoch": self.step * self.plan.global_batch / len(self.pipeline.store),
             "loss": float(loss),
-            "lr": float(self.lr),
-            "target_decay": float(self.decay),
+            "lr": self.lr,
+            "target_decay": self.decay,
             **dict(zip(device_values, numbers, strict=True)),
         }
 
@@ -281,10 +276,6 @@ class Trainer:
 
     def _backbone(self) -> torch.nn.Module:
         return self.model.online.encoder.backbone
-
-    def _use_lr_tensor(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

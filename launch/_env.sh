@@ -52,8 +52,8 @@ choose_python() { # prints the interpreter of rule 1, 2 or 3
             return
         fi
     done
-    die "no Python 3.11, 3.12 or 3.13 on the PATH (python3 is" \
-        "$(python3 -V 2>&1 || echo missing)). Install one (Debian, Ubuntu:" \
+    found=$(command -v python3 >/dev/null && python3 -V || echo missing)
+    die "no Python 3.11, 3.12 or 3.13 on the PATH (python3: $found). Install one (Debian, Ubuntu:" \
         "apt-get install python3.12 python3.12-venv; or pyenv, conda) or set PYTHON=/path/to/python"
 }
 

@@ -15,6 +15,7 @@ cd "$ROOT"
 out=runs/quickstart
 data=runs/data/mnist5k
 fresh=no
+train=yes
 flags=()
 while (($#)); do
     case $1 in
@@ -28,6 +29,10 @@ while (($#)); do
         shift
         ;;
     --out=*) out=${1#--out=} ;;
+    --dry-run | --print-config)
+        train=no
+        flags+=("$1")
+        ;;
     *) flags+=("$1") ;;
     esac
     shift
@@ -38,20 +43,31 @@ prepare_environment quickstart 6
 say "data"
 "$PY" -m byol_fast.quickstart "$data"
 
+pretrain=("$PY" -m byol_fast.pretrain --recipe quickstart --data "$data/train"
+    --monitor.eval-data "$data/test" --out "$out" "${flags[@]+"${flags[@]}"}")
+[[ $train == yes ]] || exec "${pretrain[@]}"
+
+finished() { grep -q '"state": "done"' "$out/status.json" 2>/dev/null; }
+
 if [[ $fresh == yes && -e $out ]]; then
     # only a folder that a run made is deleted
-    [[ -f $out/config.yaml || -f $out/status.json ]] ||
+    [[ -f $out/status.json ]] ||
         die "$out is not a run folder, so --fresh leaves it alone: name another with --out"
     say "deleting $out (--fresh)"
     rm -rf "$out"
-elif [[ -f $out/summary.json ]]; then
+elif finished; then
     say "$out holds a finished run (--fresh starts over)"
 elif [[ -d $out/checkpoints ]]; then
     say "resuming $out (--fresh starts over)"
 fi
 
 say "pretraining into $out"
-"$PY" -m byol_fast.pretrain --recipe quickstart --data "$data/train" \
-    --monitor.eval_data "$data/test" --out "$out" "${flags[@]+"${flags[@]}"}"
+status=0
+"${pretrain[@]}" || status=$?
+if ((status == 75)) || { ((status == 0)) && ! finished; }; then
+    say "stopped before the end, with a checkpoint: the same command goes on from there"
+    exit "$status"
+fi
+((status == 0)) || exit "$status"
 
 "$PY" -m byol_fast.quickstart --summary "$out"

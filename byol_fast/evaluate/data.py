@@ -122,8 +122,8 @@ def stratified_split(store: Store, share: float = 0.2) -> tuple[Ids, Ids]:
     )
     order = np.lexsort((hashes, labels))
     counts = np.bincount(labels, minlength=1)
-    held = np.clip(np.rint(counts * share).astype(np.int64), 1, np.maximum(counts - 1, 0))
-    held[counts < 2] = 0
+    most = np.maximum(counts - 1, 0)  # wins over the least, so a single image is not held out
+    held = np.clip(np.rint(counts * share).astype(np.int64), 1, most)
     rank_in_class = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     is_test = np.zeros(len(store), dtype=bool)
     is_test[order] = rank_in_class < held[labels[order]]

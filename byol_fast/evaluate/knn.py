@@ -155,18 +155,17 @@ def raw_pixel_features(
 
 
 def _search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top k over the bank, block by block: what was best so far competes with the next block."""
+    """Top k over the bank, block by block: what was best so far competes with a block's best."""
     best = queries.new_empty(len(queries), 0)
     where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), _BANK):
-        block = bank[start : start + _BANK].to(queries.device)
-        similarities = queries @ block.T
-        ids = torch.arange(start, start + len(block), device=queries.device)
+        similarities = queries @ bank[start : start + _BANK].to(queries.device).T
+        chosen = _leftmost_topk(similarities, min(k, similarities.shape[1]))
         # Earlier bank entries stand left of later ones, so "leftmost" is "lower bank index".
-        candidates = torch.cat([best, similarities], dim=1)
-        chosen = _leftmost_topk(candidates, min(k, candidates.shape[1]))
-        best = candidates.gather(1, chosen)
-        where = torch.cat([where, ids.expand(len(queries), -1)], dim=1).gather(1, chosen)
+        best = torch.cat([best, similarities.gather(1, chosen)], dim=1)
+        where = torch.cat([where, chosen + start], dim=1)
+        chosen = _leftmost_topk(best, min(k, best.shape[1]))
+        best, where = best.gather(1, chosen), where.gather(1, chosen)
     order = best.sort(dim=1, descending=True, stable=True).indices
     return best.gather(1, order), where.gather(1, order)
 

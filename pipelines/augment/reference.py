@@ -63,7 +63,7 @@ def apply(
     ranking = np.argsort(np.where(table[:, Colour.JITTER] > 0, table[:, Colour.ORDER], -1))
     table = table[ranking]
     thresholds = np.array([view.solarize_threshold for view in spec.views], dtype=np.float32)
-    thresholds = thresholds[ranking // max(batch, 1)]  # row v * B + b belongs to view v
+    thresholds = thresholds[ranking // batch]  # row v * B + b belongs to view v
 
     rows, flat = _to(ranking, crops.device), crops.flatten(0, 1)
     out = torch.empty((views * batch, size, size, 3), dtype=dtype, device=crops.device)

@@ -28,7 +28,7 @@ from pipelines.errors import BadImage, MissingBackend
 from pipelines.plan import Rows
 from pipelines.sources import FILL
 from pipelines.sources.reader import Reader
-from pipelines.sources.workers import Job, Workers
+from pipelines.sources.workers import Job, Workers, stop
 from pipelines.stores import Store
 
 try:
@@ -126,8 +126,7 @@ class DaliSource:
                 batches.popleft()
                 yield crops
         finally:
-            for left in batches:
-                left.job.stop()
+            stop(batch.job for batch in batches)
             if graph is not None:
                 self._give_back(graph)
 

@@ -22,7 +22,7 @@ from pipelines.plan import Rows
 from pipelines.sources import FILL
 from pipelines.sources.reader import Reader
 from pipelines.sources.transfer import HostToDevice
-from pipelines.sources.workers import Job, Workers
+from pipelines.sources.workers import Job, Workers, stop
 from pipelines.stores import Store
 
 
@@ -116,8 +116,7 @@ class TorchSource:
                 batches.popleft()
                 yield self._transfer.send(host)
         finally:
-            for job, _ in batches:
-                job.stop()
+            stop(job for job, _ in batches)
 
     def close(self) -> None:
         """Ends the threads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
@@ -42,6 +42,7 @@ class Workers:
 
         def start() -> None:
             together.wait()  # holds every thread until all exist
+            torch.get_num_threads()  # takes over the common number, which else happens after this
             torch.set_num_threads(1)
 
         try:
@@ -123,9 +124,10 @@ class Job:
                 raise RuntimeError("the source was closed while it was in use")
             future.result()
 
-    def stop(self) -> None:
-        """Drops items not begun and blocks until those in hand are done; raises nothing."""
-        self.stopped = True
-        for future in self.futures:
-            future.cancel()
-        wait(self.futures)
+
+def stop(jobs: Iterable[Job]) -> None:
+    """Drops the items not begun and blocks until those in hand are done; raises nothing."""
+    jobs = list(jobs)
+    for job in jobs:
+        job.stopped = True  # all of them first, or the threads would go on with the next job
+    wait([future for job in jobs for future in job.futures if not future.cancel()])

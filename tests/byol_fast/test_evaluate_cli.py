@@ -20,6 +20,7 @@ from byol_fast.evaluate.table import Row, render
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 META = {"backbone": "resnet18", "stem": "imagenet", "hidden_layer": -1, "image_size": 32}
+META |= {"mean": (0.4, 0.5, 0.6), "std": (0.3, 0.2, 0.1)}
 
 
 def class_folders(root, per_class: int, seed: int = 0, names=tuple(COLOURS)):
@@ -85,6 +86,7 @@ def test_knn_prints_a_table_and_writes_the_result(weights, data, capsys):
     result = result_of(weights)
     assert result["weights"]["sha256"] == checkpoint.file_hash(weights)
     assert result["weights"]["backbone"] == "resnet18"
+    assert result["mean"] == [0.4, 0.5, 0.6] and result["std"] == [0.3, 0.2, 0.1]
     assert result["protocol"] == {"name": "knn", "k": [10, 20, 100, 200], "temperature": 0.07}
     assert result["images"] == {"train": 48, "test": 12} and result["image_size"] == 32
     assert result["data"]["classes"] == 3 and len(result["data"]["train_fingerprint"]) == 64

@@ -176,6 +176,7 @@ class Payload:
         return open, (str(self.target), "w")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["evil.pth", "step-00000001.pt", "evil.safetensors", "evil.pkl"])
 @pytest.mark.parametrize("container", ["pickle", "torch"])
 def test_a_pickle_is_refused_and_not_executed(tmp_path, name, container):

@@ -98,6 +98,13 @@ def test_half_input_has_fp32_statistics(dtype, route):
     assert_all_close(got[2:], wanted[2:], rtol=1e-3, atol=1e-3)
 
 
+def test_half_input_without_running_statistics_has_fp32_ones_too():
+    torch.manual_seed(1)
+    x = (torch.randn(32, 8) + 64).bfloat16()
+    bare = ViewBatchNorm(8, track_running_stats=False)
+    assert torch.equal(bare(x), ViewBatchNorm(8)(x))
+
+
 def test_gradients_by_finite_differences(route):
     torch.manual_seed(0)
     norm = ViewBatchNorm(3, dtype=torch.float64)

@@ -278,6 +278,20 @@ def test_waiting_for_the_loader_is_named(tmp_path: Path):
     assert "Waiting for the loader (read, decode, crop) 60.0 s 60.0 %" in text
 
 
+def test_broken_images_are_counted_and_named(tmp_path: Path):
+    bad = {f"<cat>/{i}.jpg": "truncated" for i in range(60)}
+    text = verdict_of(tmp_path, [{"step": 1, "loss": 1.0}], quarantined=12, bad_images=bad)  # type: ignore[arg-type]
+    assert "12 broken images were found beforehand" in text
+    assert "60 images could not be decoded" in text
+    assert "<cat>/49.jpg truncated" in text and "<cat>/50.jpg" not in text
+
+
+def test_the_speed_summed_up_is_preferred(tmp_path: Path):
+    rows = [{"step": i, "loss": 1.0, "time/images_per_second": 700.0} for i in range(3)]
+    assert "It ran at 700 images/s" in verdict_of(tmp_path, rows)
+    assert "It ran at 640 images/s" in verdict_of(tmp_path, rows, images_per_second=640.0)
+
+
 # --- drawing
 
 

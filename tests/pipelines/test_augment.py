@@ -255,6 +255,16 @@ def test_each_view_has_its_own_solarize_threshold(semantics: Semantics) -> None:
 
 
 @pytest.mark.parametrize("semantics", SEMANTICS)
+def test_results_stay_within_zero_and_one(semantics: Semantics) -> None:
+    """Taps sum to 1 only within rounding, and solarize turns what is above 1 to below 0."""
+    crops = torch.full((2, 64, 64, 64, 3), 255, dtype=torch.uint8)
+    sigma = np.linspace(0.1, 2, 64)[:, None]
+    table = make_table(2, 64, sigma=sigma, solarize=[[0, 1]])
+    out = reference.apply(crops, table, make_spec(64, semantics))
+    assert out.min() >= 0 and out.max() <= 1
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("level", [0, 77, 255])
 def test_pixels_without_colour_stay_so(semantics: Semantics, level: int) -> None:
     """Hue and saturation divide by zero there."""

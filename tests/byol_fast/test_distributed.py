@@ -32,8 +32,10 @@ distributed.stop()
 
 def torchrun(*args: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        + list(args),
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--standalone", f"--nproc_per_node={ranks}", *args),
+        ],
         capture_output=True,
         text=True,
         timeout=120,

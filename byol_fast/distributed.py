@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -107,11 +108,15 @@ def data_parallel(module: nn.Module, world: World) -> nn.Module:
     """`module` under DistributedDataParallel, or as it is in a world of one."""
     if world.size == 1:
         return module
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    newer = "forward_sync_buffers" in parameters  # the same setting's name in newer torch
+    buffers = "forward_sync_buffers" if newer else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False}  # running statistics are rank 0's when saved
     return DistributedDataParallel(
         module,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,  # BatchNorm's running statistics are rank 0's when saved
         gradient_as_bucket_view=True,  # one copy of the gradients instead of two
+        **options,
     )
 
 

@@ -59,11 +59,11 @@ METRICS: dict[str, Metric] = {
     ),
     EMBEDDING_STD: Metric(
         "Embedding spread",
-        "Standard deviation of the length-1 embeddings; healthy runs stay near 1/√d, collapse "
-        "goes to 0.",
+        "Standard deviation of the projections scaled to length 1; healthy runs stay near 1/√d, "
+        "collapse goes to 0.",
     ),
     RANKME: Metric(
-        "RankMe", "Number of directions the embeddings really use; near 1 means collapse."
+        "RankMe", "Number of directions the projections really use; near 1 means collapse."
     ),
     ALIGNMENT: Metric(
         "Alignment", "Squared distance between the two views of an image; lower is closer."

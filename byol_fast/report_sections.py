@@ -37,7 +37,7 @@ from byol_fast.report_html import (
     table,
     tag,
 )
-from byol_fast.report_verdict import judge
+from byol_fast.report_verdict import collapse, diverged
 
 TABLE_ROWS = 24  # log points in the table of numbers
 BAD_ROWS = 50  # names shown of images that could not be decoded
@@ -232,10 +232,12 @@ def events(data: RunData) -> str:
         tag("div", tag("strong", f"Step {e.step:,}") + escape(e.text), class_="alarm", role="note")
         for e in data.alarms
     )
-    if not body and data.log.rows and judge(data)[0] != "bad":
-        watched = any(metrics.EMBEDDING_STD in row for row in data.log.rows)
-        words = ": the embeddings did not collapse." if watched else "."
-        body = para(f"No alarm was raised{words}", "calm")
+    if not body and data.log.rows and not diverged(data):
+        match collapse(data):
+            case "no":
+                body = para("No alarm was raised: the embeddings did not collapse.", "calm")
+            case "not watched":
+                body = para("No alarm was raised.", "calm")
     others = [e for e in data.log.events if e not in data.alarms]
     if others:
         rows = [[f"{e.step:,}", e.kind, e.text] for e in others]

@@ -6,7 +6,7 @@ import math
 from html import escape
 
 from byol_fast import metrics
-from byol_fast.alarms import collapsed, healthy_std
+from byol_fast.alarms import collapsed, healthy_std, suspect
 from byol_fast.metrics import short
 from byol_fast.report_data import KNN_RAW, KNN_TRAINED, KNN_UNTRAINED, RunData
 from byol_fast.report_html import para, prose, tag
@@ -27,14 +27,17 @@ def judge(data: RunData) -> tuple[str, str]:
     """(good, warn, bad or plain) and the headline."""
     if not data.log.rows:
         return "plain", "Nothing has been logged yet"
-    if _diverged(data):
+    if diverged(data):
         return "bad", "Training diverged: the loss is not a finite number"
-    if _collapsed(data):
+    if collapse(data) == "yes":
         return "bad", "The embeddings collapsed"
+    if collapse(data) == "possible":
+        return "warn", "The embeddings may be collapsing"
     trained = data.number(KNN_TRAINED)
     untrained, raw = data.number(KNN_UNTRAINED), data.number(KNN_RAW)
     if trained is None or untrained is None:
-        return "plain", "Trained without an alarm; kNN accuracy was not measured"
+        what = "not measured" if untrained is None else "not measured after training yet"
+        return "plain", f"No alarm was raised; kNN accuracy was {what}"
     if trained <= untrained:
         return "warn", "Training has not improved the features so far"
     if raw is not None and trained <= raw:
@@ -86,7 +89,7 @@ def _health_tile(data: RunData) -> tuple[str, str]:
     if ends is None:
         return "not watched", ""
     share = ends[1] / healthy_std(data.embedding_dim)
-    return ("yes" if _collapsed(data) else "no"), f"spread at {100 * share:.0f} % of healthy"
+    return collapse(data), f"spread at {100 * share:.0f} % of healthy"
 
 
 def _ends(data: RunData, name: str) -> tuple[float, float] | None:
@@ -95,14 +98,21 @@ def _ends(data: RunData, name: str) -> tuple[float, float] | None:
     return (values[0], values[-1]) if values else None
 
 
-def _diverged(data: RunData) -> bool:
+def diverged(data: RunData) -> bool:
+    """Whether the run ended because, or with, a loss that is not finite."""
     loss = data.log.series(metrics.LOSS)[1]
     told = any(e.kind == "diverged" for e in data.log.events)
     return told or bool(loss and not math.isfinite(loss[-1]))
 
 
-def _collapsed(data: RunData) -> bool:
-    return collapsed(data.log.rows, dim=data.embedding_dim)
+def collapse(data: RunData) -> str:
+    """yes, no, not watched, or possible: the newest gauges are bad, but not for long enough."""
+    watched = [row for row in data.log.rows if metrics.EMBEDDING_STD in row]
+    if not watched:
+        return "not watched"
+    if collapsed(data.log.rows, dim=data.embedding_dim):
+        return "yes"
+    return "possible" if suspect(watched[-1], dim=data.embedding_dim) else "no"
 
 
 def _loss(data: RunData) -> str:
@@ -142,9 +152,13 @@ def _speed(data: RunData) -> str:
 
 
 def _health(data: RunData) -> str:
-    if _collapsed(data):
-        return "All images are mapped to almost the same point; see the alarms below."
-    if _ends(data, metrics.EMBEDDING_STD) is None:
-        return ""
-    past = any(e.kind == "alarm" for e in data.log.events)
-    return "An alarm was raised on the way." if past else "There was no sign of collapse."
+    match collapse(data):
+        case "yes":
+            return "All images are mapped to almost the same point; see the alarms below."
+        case "possible":
+            return "At the last log points the embeddings were almost the same for all images."
+        case "no" if any(e.kind == "alarm" for e in data.log.events):
+            return "An alarm was raised on the way."
+        case "no":
+            return "There was no sign of collapse."
+    return ""

@@ -37,23 +37,25 @@ def resize_crop(
     `RandomResizedCrop`. The kernel is Pillow's (a = -0.5) in fixed-point arithmetic.
     """
     out = torch.empty(1, size, size, 3, dtype=torch.uint8)
-    _resize_into(image, window, out.permute(0, 3, 1, 2))
+    _resize_into(_as_tensor(image), window, out.permute(0, 3, 1, 2))
     return out[0]
 
 
+def _as_tensor(image: npt.NDArray[np.uint8]) -> Tensor:
+    """`[H, W, 3]` as `[1, 3, H, W]`, in the same memory if torch can use it."""
+    if not image.flags.writeable or min(image.strides) < 0:
+        image = image.copy()  # torch takes only writable arrays, in ascending order
+    return torch.from_numpy(image).permute(2, 0, 1)[None]
+
+
 def _resize_into(
-    image: npt.NDArray[np.uint8],
+    image: Tensor,  # [1, 3, H, W]
     window: Sequence[int],
     out: Tensor,  # [1, 3, S, S], channels_last: a place in the batch, written without a copy
 ) -> None:
     top, left, height, width = window
-    crop = image[top : top + height, left : left + width]
-    if not crop.flags.writeable or min(crop.strides) < 0:
-        crop = crop.copy()  # torch takes only writable arrays, in ascending order
-    source = torch.from_numpy(crop).permute(2, 0, 1)[None]
-    torch.ops.aten._upsample_bicubic2d_aa.out(
-        source, list(out.shape[2:]), False, None, None, out=out
-    )
+    crop = image.narrow(2, top, height).narrow(3, left, width)
+    torch.ops.aten._upsample_bicubic2d_aa.out(crop, out.shape[2:], False, None, None, out=out)
 
 
 class TorchSource:
@@ -132,7 +134,7 @@ class TorchSource:
         def cut(item: int) -> None:
             row = ids[item]
             try:
-                image = self._reader.pixels(row, self._reader.read(row))
+                image = _as_tensor(self._reader.pixels(row, self._reader.read(row)))
             except BadImage as error:
                 self._reader.add_bad(row, error)
                 crops[:, item] = self._fill

@@ -266,6 +266,13 @@ def test_the_headline_follows_the_accuracies(
     assert words in verdict_of(tmp_path, [{"step": 1, "loss": 1.0}], **summary)
 
 
+def test_a_short_run_with_a_low_spread_is_not_called_healthy(tmp_path: Path):
+    rows = [{"step": i, "loss": 0.1, "embedding_std": 0.1 * fake_run.HEALTHY} for i in range(4)]
+    text = verdict_of(tmp_path, rows, knn_untrained=0.2, knn_trained=0.5)
+    assert "! The embeddings may be collapsing" in text and "Collapse possible" in text
+    assert "no sign of collapse" not in text and "did not collapse" not in text
+
+
 def test_a_rising_loss_is_said_to_rise(tmp_path: Path):
     text = verdict_of(tmp_path, [{"step": 1, "loss": 1.0}, {"step": 9, "loss": 2.0}])
     assert "The loss rose from 1 to 2 in 9 steps." in text

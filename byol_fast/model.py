@@ -52,14 +52,15 @@ class Online(nn.Module):
         self.encoder = encoder
         self.predictor = predictor
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [V*B, 3, S, S], view 0 first, to (prediction [V*B, D], representation [V*B, F]).
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [V*B, 3, S, S], view 0 first, to prediction and projection [V*B, D] and
+        representation [V*B, F].
 
-        The representation is detached: it is there for probes and gauges, not for a loss.
+        The last two are detached: they are there for gauges and probes, not for a loss.
         """
         representation = self.encoder.backbone(x)
-        prediction = self.predictor(self.encoder.projector(representation))
-        return prediction, representation.detach()
+        projection = self.encoder.projector(representation)
+        return self.predictor(projection), projection.detach(), representation.detach()
 
 
 class StopGradient(nn.Module):
@@ -153,5 +154,5 @@ class BYOL(nn.Module):
         flat = x.flatten(0, 1)
         with torch.no_grad():
             projection = self.target(flat)
-        prediction, _ = self.online(flat)
+        prediction, _, _ = self.online(flat)
         return pair_loss(prediction, projection)

@@ -19,7 +19,7 @@ class StepOutput(NamedTuple):
     """What a step leaves for the monitor; all on the device, nothing waited for."""
 
     loss: Tensor  # [] mean over the rank's images, both directions summed (0 to 8)
-    prediction: Tensor  # [2B, D] of the last micro-batch, view 1 then view 2
+    projection: Tensor  # [2B, D] of the last micro-batch, view 1 then view 2, detached
     representation: Tensor  # [2B, F] of the last micro-batch, detached
 
 
@@ -48,7 +48,7 @@ def train_step(
             with _autocast(views.device.type, autocast_dtype):
                 with torch.no_grad():
                     target = model.target(views)
-                prediction, representation = online(views)
+                prediction, projection, representation = online(views)
             loss = pair_loss(prediction, target)
             scale(loss / accumulate).backward()
         total += loss.detach() / accumulate
@@ -59,7 +59,7 @@ def train_step(
         optimizer.step()
     # EMA after LARS, with the updated online weights, as the authors do.
     ema_(model.target_ema_params(), model.online_ema_params(), decay)
-    return StepOutput(total, prediction.detach(), representation.detach())
+    return StepOutput(total, projection, representation)
 
 
 def _autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[object]:

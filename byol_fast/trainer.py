@@ -182,7 +182,7 @@ class Trainer:
         }
         self.clock.waited = waited
         self._refuse_non_finite()
-        dim = output.prediction.shape[1]
+        dim = output.projection.shape[1]
         found = monitor.alarms(values, self.runlog.history, dim=dim)  # history: on rank 0 alone
         self.runlog.log(self.step, values)
         for text in found:
@@ -192,7 +192,8 @@ class Trainer:
             raise Diverged("\n".join(found) or "another rank saw a collapse")
 
     def _gauges(self, output: StepOutput) -> dict[str, float]:
-        z = output.prediction.float()
+        # Not the predictions: the predictor says the mean of the targets at first (see alarms.py).
+        z = output.projection.float()
         first, second = z.chunk(2)
         gradients = [p.grad for p in self.model.online.parameters() if p.grad is not None]
         device_values = {

@@ -61,7 +61,7 @@ def test_named_children_shapes_and_detached_representation():
     assert [n for n, _ in model.online.named_children()] == ["encoder", "predictor"]
     assert [n for n, _ in model.online.encoder.named_children()] == ["backbone", "projector"]
     x = views().flatten(0, 1)
-    prediction, representation = model.online(x)
+    prediction, _, representation = model.online(x)
     assert prediction.shape == (12, 8) and representation.shape == (12, model.feature_dim)
     assert prediction.requires_grad and not representation.requires_grad
     assert model.target(x).shape == (12, 8) and not model.target(x).requires_grad
@@ -348,7 +348,7 @@ def test_hidden_layer_by_name_or_index(layer):
     assert model.feature_dim == 16  # 4 channels × 2 × 2, flattened
     x = views(4, 8).flatten(0, 1)
     wanted = net.pool(net.norm(net.stem(x)).relu()).flatten(1)
-    torch.testing.assert_close(model.online(x)[1], wanted)
+    torch.testing.assert_close(model.online(x)[2], wanted)
     # What the layer does not depend on is frozen: DDP waits for every trainable gradient.
     assert not any(p.requires_grad for p in net.tail.parameters())
     model(x.unflatten(0, (2, 4))).backward()

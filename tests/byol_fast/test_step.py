@@ -50,7 +50,7 @@ def test_a_step_is_target_online_backward_lars_ema() -> None:
     flat = x.flatten(0, 1)
     with torch.no_grad():
         target = by_hand.target(flat)
-    prediction, _ = by_hand.online(flat)
+    prediction, _, _ = by_hand.online(flat)
     loss = pair_loss(prediction, target)
     loss.backward()
     other.step()

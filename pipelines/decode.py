@@ -84,11 +84,11 @@ def verify(data: bytes) -> tuple[int, int]:
     frame = _jpeg_frame(data)
     if frame is not None and (frame.plain or frame.rgb):
         # At 1/8 size in grey the entropy decoder, which finds the faults, still reads everything:
-        # the same verdict as a full decode on 600 bit flips and 200 cuts, at 973 against 650/s.
-        _turbo(data, "gray", min_factor=8)
+        # 1190 images/s a core of 110 KB, where the whole picture in colour takes 650.
+        _turbo(data, "gray", smallest=True)
         return frame.height, frame.width
     if frame is not None and frame.components == 4:
-        _turbo(data, "cmyk", min_factor=8)
+        _turbo(data, "cmyk", smallest=True)
     with _open(data) as image:  # decoding a PNG checks its checksums
         height, width = _pixels(image).shape[:2]
     return height, width
@@ -161,9 +161,11 @@ def _check_size(height: int, width: int) -> None:
         raise BadImage(f"{height} x {width} pixels are more than the limit of {MAX_PIXELS:,}")
 
 
-def _turbo(data: bytes, colours: str, min_factor: int = 1) -> npt.NDArray[np.uint8]:
+def _turbo(data: bytes, colours: str, *, smallest: bool = False) -> npt.NDArray[np.uint8]:
+    # simplejpeg reduces the size only where a smallest height and width are given too
+    scale = {"min_factor": 8, "min_height": 1, "min_width": 1} if smallest else {}
     try:
-        pixels = simplejpeg.decode_jpeg(data, colours, min_factor=min_factor, strict=True)
+        pixels = simplejpeg.decode_jpeg(data, colours, strict=True, **scale)
     except ValueError as error:
         raise BadImage(f"corrupt JPEG: {error}") from error
     return cast("npt.NDArray[np.uint8]", pixels)

@@ -182,7 +182,7 @@ def test_two_ranks_under_torchrun_train_like_one(folder: Path, pretrain, tmp_pat
 
     Sums are taken in another order, so equality is up to rounding that 3 steps have amplified.
     """
-    args = ["--data", folder, *TINY, "--max-steps", "3", "--log-every", "1"]
+    args = ["--data", folder, *TINY, "--max-steps", "3", "--log-every", "1", "--base-lr", "0.05"]
     finished(pretrain([*args, "--out", tmp_path / "one"]))
     finished(pretrain([*args, "--out", tmp_path / "two"], ranks=2))
     one, two = final(tmp_path / "one"), final(tmp_path / "two")

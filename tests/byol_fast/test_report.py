@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from byol_fast import report
-from byol_fast.report_charts import Level, Series, count, line_chart, scatter, ticks
-from byol_fast.report_data import load, pca
-from byol_fast.report_html import picture, stacked_bar
+from byol_fast.report.charts import Level, Series, count, line_chart, scatter, ticks
+from byol_fast.report.data import load, pca
+from byol_fast.report.html import picture, stacked_bar
 from tests.byol_fast import fake_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}

@@ -14,7 +14,7 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
-from byol_fast.report_html import COLOURS, tag
+from byol_fast.report.html import COLOURS, tag
 
 WIDTH, HEIGHT = 360, 216
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 14, 36

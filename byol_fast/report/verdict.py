@@ -8,8 +8,8 @@ from html import escape
 from byol_fast import metrics
 from byol_fast.alarms import collapsed, healthy_std, suspect
 from byol_fast.metrics import short
-from byol_fast.report_data import KNN_RAW, KNN_TRAINED, KNN_UNTRAINED, RunData
-from byol_fast.report_html import para, prose, tag
+from byol_fast.report.data import KNN_RAW, KNN_TRAINED, KNN_UNTRAINED, RunData
+from byol_fast.report.html import para, prose, tag
 
 
 def verdict(data: RunData) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 from byol_fast import metrics
 from byol_fast.alarms import healthy_std
 from byol_fast.metrics import METRICS, short
-from byol_fast.report_charts import Level, Series, count, line_chart, percent, scatter
-from byol_fast.report_data import (
+from byol_fast.report.charts import Level, Series, count, line_chart, percent, scatter
+from byol_fast.report.data import (
     BAD_IMAGES,
     KNN_DATA,
     KNN_RAW,
@@ -24,7 +24,7 @@ from byol_fast.report_data import (
     RunData,
     flatten,
 )
-from byol_fast.report_html import (
+from byol_fast.report.html import (
     COLOURS,
     Bar,
     bars,
@@ -37,7 +37,7 @@ from byol_fast.report_html import (
     table,
     tag,
 )
-from byol_fast.report_verdict import collapse, diverged
+from byol_fast.report.verdict import collapse, diverged
 
 TABLE_ROWS = 24  # log points in the table of numbers
 BAD_ROWS = 50  # names shown of images that could not be decoded

@@ -11,12 +11,12 @@ import time
 from html import escape
 from pathlib import Path
 
-from byol_fast import report_sections as sections
 from byol_fast._version import __version__
-from byol_fast.report_data import RunData, load
-from byol_fast.report_html import para, tag
-from byol_fast.report_style import STYLE
-from byol_fast.report_verdict import tiles, verdict
+from byol_fast.report import sections as sections
+from byol_fast.report.data import RunData, load
+from byol_fast.report.html import para, tag
+from byol_fast.report.style import STYLE
+from byol_fast.report.verdict import tiles, verdict
 
 # The browser may show inlined pictures and styles, and load nothing whatever.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

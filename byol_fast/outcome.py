@@ -24,6 +24,7 @@ def finish(trainer: Trainer, folder: RunFolder) -> None:
         _summarise(trainer, folder, [str(path) for path in exports])
         trainer.runlog.event(trainer.step, "end", "training is complete")
     trainer.runlog.close()
+    folder.status("done", step=trainer.step, total_steps=trainer.step)  # the report shows it
     page = report.write(folder.path)
     log.info("backbone: %s", ", ".join(str(path) for path in exports))
     log.info("report: %s", page)

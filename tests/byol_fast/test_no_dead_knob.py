@@ -1,0 +1,154 @@
+"""Every setting reaches what it is for: changing one changes the run that is put together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import TINY, make_folder
+
+from byol_fast import config as configuration
+from byol_fast import pretrain
+from byol_fast.assemble import assemble
+from byol_fast.config import FLAGS
+from byol_fast.distributed import World
+from pipelines.sources.torch_source import TorchSource
+
+# Another value of each setting; DATA, EVAL and OUT stand for folders.
+OTHER = {
+    "data": "DATA",
+    "out": "OUT",
+    "recipe": "cifar10",
+    "epochs": 7,
+    "batch_size": 8,
+    "backbone": "resnet34",
+    "image_size": 40,
+    "backend": "synthetic",
+    "seed": 3,
+    "input.semantics": "torchvision",
+    "input.crop_area_min": 0.5,
+    "input.blur": "true",
+    "input.flip": 0.25,
+    "input.verify": "false",
+    "input.threads": 3,
+    "input.accumulate": 2,
+    "optim.base_lr": 0.25,
+    "optim.weight_decay": 0.01,
+    "optim.warmup_epochs": 2,
+    "optim.variant": "mmpretrain",
+    "model.stem": "cifar",
+    "model.hidden_size": 48,
+    "model.hidden_layer": "layer3",
+    "model.target_decay": 0.9,
+    "run.precision": "bf16",
+    "run.max_steps": 5,
+    "monitor.eval_every": 1,
+    "monitor.eval_data": "EVAL",
+    "monitor.log_every": 3,
+    "monitor.tracker": "tensorboard",
+    "monitor.on_collapse": "stop",
+    "checkpoint.every": 9,
+    "checkpoint.keep": 5,
+}
+ELSEWHERE = {
+    "device": "test_pretrain: no gpu",
+    "model.bn_sync": "test_pretrain: two ranks train like one",
+    "checkpoint.allow_config_change": "test_pretrain: other configuration, and below",
+}
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("knobs")
+    return {
+        "train": make_folder(root / "train", images=32),
+        "DATA": make_folder(root / "other", images=32, seed=1),
+        "EVAL": make_folder(root / "eval", images=16, seed=2),
+    }
+
+
+def put_together(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the parts of a run were made with, as far as a setting can change it."""
+    asked: list[bool] = []
+    from pipelines import stores
+
+    real = stores.open_store
+    with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(
+            stores,
+            "open_store",
+            lambda *a, **k: (asked.append(k["verify"]), real(*a, **k))[1],
+        )
+        config = configuration.parse(arguments)
+        store, eval_store = pretrain._open_data(config, WORLD)
+        resolved = pretrain._resolve(config, store, WORLD)
+        trainer, folder = assemble(resolved, store, eval_store, WORLD, stack)
+        stream, source = trainer.pipeline.stream, trainer.pipeline.source
+        assert trainer.evaluation is not None
+        return {
+            "plan": dataclasses.asdict(trainer.plan),
+            "spec": stream.spec,
+            "stream": (stream.batch_size, stream.accumulate, stream.seed),
+            "model": trainer.model.hyper,
+            "optimizer": (trainer.optimizer.norm, trainer.optimizer.lr_in_momentum),
+            "groups": [(g["weight_decay"], g["adapt"]) for g in trainer.optimizer.param_groups],
+            "source": type(source).__name__,
+            "threads": source._workers.threads if isinstance(source, TorchSource) else None,
+            "sinks": [sink.name for sink in trainer.runlog._sinks],
+            "data": store.fingerprint,
+            "evaluation": trainer.evaluation.source,
+            "out": folder.path.name,
+            "verify": asked,
+        }
+
+
+@pytest.fixture(scope="module")
+def usual(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("usual") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        return put_together(["--data", str(folders["train"]), "--out", str(out), *TINY], patch)
+
+
+def test_every_setting_is_listed() -> None:
+    assert OTHER.keys() | ELSEWHERE.keys() == FLAGS.keys()
+
+
+def test_without_a_change_nothing_differs(
+    usual: dict[str, Any],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--data", str(folders["train"]), "--out", str(tmp_path / "run"), *TINY]
+    assert put_together(arguments, monkeypatch) == usual
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_setting_reaches_its_user(
+    name: str,
+    usual: dict[str, Any],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    value = {**folders, "OUT": tmp_path / "elsewhere"}.get(str(OTHER[name]), OTHER[name])
+    arguments = ["--data", str(folders["train"]), "--out", str(tmp_path / "run"), *TINY]
+    changed = put_together([*arguments, f"--{name}", str(value)], monkeypatch)
+    differs = [part for part in usual if usual[part] != changed[part]]
+    assert differs, f"--{name} {value} changes nothing"
+
+
+def test_a_changed_setting_is_refused_on_resume_unless_allowed(
+    folders: dict[str, Path], pretrain: Any, tmp_path: Path
+) -> None:
+    arguments = ["--data", folders["train"], "--out", tmp_path, *TINY, "--max-steps"]
+    assert pretrain([*arguments, "1"]).returncode == 0
+    refused = pretrain([*arguments, "2", "--base-lr", "0.01"])
+    assert refused.returncode == 2 and "optim.base_lr: 0.4 → 0.01" in refused.stderr
+    allowed = pretrain([*arguments, "2", "--base-lr", "0.01", "--allow-config-change"])
+    assert allowed.returncode == 0 and "optim.base_lr: 0.4 → 0.01" in allowed.stderr

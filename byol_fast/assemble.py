@@ -19,7 +19,7 @@ from byol_fast.probe import OnlineProbe
 from byol_fast.recipes import Resolved
 from byol_fast.runfolder import RunFolder
 from byol_fast.trainer import RunPlan, Trainer
-from pipelines.pipeline import build
+from pipelines.pipeline import ViewPipeline, build
 from pipelines.stores import Store
 
 log = logging.getLogger(__name__)
@@ -48,19 +48,7 @@ def assemble(
     if state is not None:
         _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
     model = _build_model(config, world)
-    spec = configuration.spec(config)
-    pipeline = build(
-        store,
-        spec=spec,
-        batch_size=resolved.global_batch,
-        accumulate=config.input.accumulate,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.seed,
-        device=world.device,
-        backend=config.backend,
-        threads=config.input.threads,
-    )
+    pipeline = _build_pipeline(resolved, store, world)
     stack.callback(pipeline.close)
     optimizer = LARS(
         param_groups(model.online, resolved.weight_decay, adapt=config.optim.adapt),
@@ -100,6 +88,22 @@ def assemble(
         checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
         folder.status("running", step=trainer.step, total_steps=plan.total_steps)
     return trainer, folder
+
+
+def _build_pipeline(resolved: Resolved, store: Store, world: World) -> ViewPipeline:
+    config = resolved.config
+    return build(
+        store,
+        spec=configuration.spec(config),
+        batch_size=resolved.global_batch,
+        accumulate=config.input.accumulate,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        device=world.device,
+        backend=config.backend,
+        threads=config.input.threads,
+    )
 
 
 def _build_model(config: Config, world: World) -> BYOL:

@@ -84,7 +84,7 @@ def verify(data: bytes) -> tuple[int, int]:
     frame = _jpeg_frame(data)
     if frame is not None and (frame.plain or frame.rgb):
         # At 1/8 size in grey the entropy decoder, which finds the faults, still reads everything:
-        # 1190 images/s a core of 110 KB, where the whole picture in colour takes 650.
+        # 1190 images/s a core of 110 KB, 910 at full size.
         _turbo(data, "gray", smallest=True)
         return frame.height, frame.width
     if frame is not None and frame.components == 4:

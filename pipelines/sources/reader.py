@@ -9,7 +9,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.decode import decode
+from pipelines.decode import MAX_PIXELS, decode_top
 from pipelines.errors import BadImage
 from pipelines.stores import Images, Store
 
@@ -46,14 +46,16 @@ class Reader:
             with self._lock:
                 self.seconds += elapsed
 
-    def pixels(self, row: int, data: bytes | Images) -> npt.NDArray[np.uint8]:
-        """uint8 `[H, W, 3]` of the `data` that `read` gave.
+    def pixels(
+        self, row: int, data: bytes | Images, rows: int = MAX_PIXELS
+    ) -> npt.NDArray[np.uint8]:
+        """uint8 `[H, W, 3]` of the `data` that `read` gave, or at least the upper `rows` of it.
 
         Raises:
             BadImage: it cannot be decoded, or has not the size that was indexed.
         """
-        image = decode(data) if isinstance(data, bytes) else data
-        self.check_size(row, image.shape[0], image.shape[1])
+        image, height = decode_top(data, rows) if isinstance(data, bytes) else (data, len(data))
+        self.check_size(row, height, image.shape[1])
         return image
 
     def check_size(self, row: int, height: int, width: int) -> None:

@@ -133,8 +133,9 @@ class TorchSource:
 
         def cut(item: int) -> None:
             row = ids[item]
+            rows = max(top + height for top, _, height, _ in windows[item])
             try:
-                image = _as_tensor(self._reader.pixels(row, self._reader.read(row)))
+                image = _as_tensor(self._reader.pixels(row, self._reader.read(row), rows))
             except BadImage as error:
                 self._reader.add_bad(row, error)
                 crops[:, item] = self._fill

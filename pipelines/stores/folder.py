@@ -75,7 +75,7 @@ class FolderStore:
             BadImage: it is gone or cannot be read.
         """
         try:
-            with open(self._join(self.index.below(row)), "rb") as file:
+            with open(self._join(self.index.below(row)), "rb", buffering=0) as file:
                 return file.read()
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error

@@ -334,3 +334,65 @@ def test_reasons_do_not_name_memory_addresses() -> None:
     with pytest.raises(BadImage) as caught:
         decode.decode(b"GIF89a" + bytes(3))
     assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411", "grey", "rgb"])
+def test_the_upper_rows_are_those_of_the_whole(sampling: str) -> None:
+    image = picture(133, 77)
+    if sampling == "grey":
+        data = encode(Image.fromarray(image).convert("L"), "JPEG")
+    elif sampling == "rgb":
+        data = encode(image, "JPEG", keep_rgb=True)
+    else:
+        data = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling=sampling)
+    whole = decode.decode(data)
+    decoded = []
+    for rows in range(1, 134):
+        top, height = decode.decode_top(data, rows)
+        assert height == 133
+        assert len(top) >= rows
+        np.testing.assert_array_equal(top[:rows], whole[:rows])
+        decoded.append(len(top))
+    assert decoded[0] <= 32  # it does stop early
+    assert decoded[-1] == 133
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"restart_marker_rows": 1}]
+)
+def test_upper_rows_of_other_jpegs_and_of_a_png(options: dict[str, object]) -> None:
+    data = encode(picture(100, 60), "JPEG" if options else "PNG", **options)
+    top, height = decode.decode_top(data, 20)
+    assert height == 100
+    np.testing.assert_array_equal(top[:20], decode.decode(data)[:20])
+
+
+def test_upper_rows_of_a_jpeg_in_several_scans() -> None:
+    """Its first scan holds only one component: it has to be read to the end."""
+    data = encode(picture(100, 60), "JPEG", progressive=True)
+    frame = data.index(b"\xff\xc2")
+    separate = data[:frame] + b"\xff\xc0" + data[frame + 2 :]
+    frame_of = decode._jpeg_frame(separate)
+    assert frame_of is not None
+    assert frame_of.one_scan  # the first scan of Pillow's progressive files holds all three
+    scan = separate.index(b"\xff\xda")
+    one = separate[: scan + 4] + b"\x01" + separate[scan + 5 :]
+    frame_of = decode._jpeg_frame(one)
+    assert frame_of is not None
+    assert not frame_of.one_scan
+
+
+def test_damage_in_the_rows_shown_is_found_and_truncation_everywhere() -> None:
+    data = simplejpeg.encode_jpeg(picture(256, 64), quality=95)
+    scan = data.index(b"\xff\xda")
+    early = scan + (len(data) - scan) // 10
+    broken = data[:early] + b"\xff\xd9" + data[early + 2 :]  # an end long before the end
+    with pytest.raises(BadImage, match="corrupt JPEG"):
+        decode.decode_top(broken, 128)
+    late = len(data) - 100
+    with pytest.raises(BadImage, match="corrupt JPEG"):
+        decode.decode_top(data[:late], 32)
+    broken = data[:late] + b"\xff\xd9" + data[late + 2 :]
+    np.testing.assert_array_equal(decode.decode_top(broken, 32)[0][:32], decode.decode(data)[:32])
+    with pytest.raises(BadImage, match="corrupt JPEG"):
+        decode.decode(broken)

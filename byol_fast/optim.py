@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-Impl = Literal["auto", "reference", "foreach"]
+if TYPE_CHECKING:
+    from byol_fast.fused_update import FusedGroup
+
+Impl = Literal["auto", "reference", "foreach", "fused", "apex"]
 Norm = Literal["update", "sum"]
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -34,14 +37,18 @@ class LARS(torch.optim.Optimizer):
     `eta=1, adapt=False` groups this is SGD with momentum. `lr` is a float or a 0-d tensor, which
     every group then shares and `set_lr` fills in place (a CUDA graph can hold the step).
 
-    impl: "foreach" ("auto") runs the step as a fixed number of multi-tensor calls and never reads
-        a value back from the device; "reference" is the plain loop it is tested against. Both share
-        one state layout, so a state dict moves between them.
+    impl: "foreach" runs the step as a fixed number of multi-tensor calls and never reads a value
+        back from the device; "fused" is one pass over memory by Triton kernels, with the target's
+        moving average in it (`step_and_average`); "apex" uses NVIDIA apex's multi-tensor kernels;
+        "reference" is the plain loop they are tested against. "auto" is fused for fp32 parameters
+        on a GPU where Triton is installed, else foreach. All share one state layout, so a state
+        dict moves between them.
     norm: "update" divides by ‖u‖ (the authors'); "sum" divides by ‖g‖ + wd·‖p‖ + 1e-8
         (mmpretrain, lightly).
     lr_in_momentum: m = momentum·m + lr·u; p = p − m (mmpretrain).
 
-    Raises ValueError for hyper-parameters out of range. Tensors without a gradient are skipped.
+    Raises ValueError for hyper-parameters out of range and for parameters that `impl` cannot take,
+    ImportError where its package is missing. Tensors without a gradient are skipped.
     """
 
     def __init__(
@@ -70,9 +77,22 @@ class LARS(torch.optim.Optimizer):
             raise ValueError(f"norm is update or sum, got {norm!r}")
         # Not in the groups: a state dict must not carry the implementation along.
         self.norm, self.lr_in_momentum = norm, lr_in_momentum
-        self._update = _reference if impl == "reference" else _foreach
         groups = {"momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
         super().__init__(params, {"lr": lr, **groups})
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self.impl: str = _choose(everything) if impl == "auto" else impl
+        self._fused: list[FusedGroup] = []
+        match self.impl:
+            case "fused":
+                self._fused = _fused_groups(everything, len(self.param_groups))
+            case "apex":
+                from byol_fast.apex_update import update
+
+                self._update = update
+            case "foreach":
+                self._update = _foreach
+            case _:
+                self._update = _reference
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -87,13 +107,46 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                buffers = [self._buffer(p) for p in params]
-                grads = [p.grad for p in params]
-                self._update(params, grads, buffers, group, self.norm, self.lr_in_momentum)
+        self._run({}, 0.0)
         return loss
+
+    @torch.no_grad()
+    def step_and_average(
+        self, target: list[Tensor], online: list[Tensor], decay: float | Tensor
+    ) -> None:
+        """`step()`, then `ema_(target, online, decay)`: in one pass over memory if fused."""
+        if not self._fused:
+            self.step()
+            ema_(target, online, decay)
+            return
+        follower = dict(zip(online, target, strict=True))
+        self._run(follower, decay)
+        late = [(t, o) for o, t in follower.items()]  # those that no group stepped
+        ema_([t for t, _ in late], [o for _, o in late], decay)
+
+    def _run(self, follower: dict[Tensor, Tensor], decay: float | Tensor) -> None:
+        """Updates every group; a fused one takes its parameters' followers out of the dict."""
+        for number, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads, buffers = [p.grad for p in params], [self._buffer(p) for p in params]
+            if not self._fused:
+                self._update(params, grads, buffers, group, self.norm, self.lr_in_momentum)
+                continue
+            self._fused[number].update(
+                params,
+                grads,
+                buffers,
+                [follower.pop(p, None) for p in params],
+                lr=group["lr"],
+                decay=decay,
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                eta=group["eta"] if group["adapt"] else None,
+                sum_of_norms=self.norm == "sum",
+                lr_in_momentum=self.lr_in_momentum,
+            )
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -109,6 +162,25 @@ class LARS(torch.optim.Optimizer):
         for group, lr in zip(self.param_groups, own, strict=True):
             loaded = float(group["lr"])
             group["lr"] = lr.fill_(loaded) if isinstance(lr, Tensor) else loaded
+
+
+def _choose(params: list[Tensor]) -> str:
+    """What "auto" means for these parameters."""
+    if params and params[0].is_cuda:
+        try:
+            from byol_fast.fused_update import misfit
+        except ImportError:  # no Triton
+            return "foreach"
+        return "foreach" if misfit(params) else "fused"
+    return "foreach"
+
+
+def _fused_groups(params: list[Tensor], groups: int) -> list[FusedGroup]:
+    from byol_fast.fused_update import FusedGroup, misfit
+
+    if reason := misfit(params):
+        raise ValueError(f"impl='fused' cannot take these parameters: {reason}; use 'foreach'")
+    return [FusedGroup() for _ in range(groups)]
 
 
 def _reference(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from byol_fast.distributed import without_sync
 from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
-from byol_fast.optim import ema_
+from byol_fast.optim import LARS, ema_
 
 
 class StepOutput(NamedTuple):
@@ -26,7 +26,7 @@ class StepOutput(NamedTuple):
 def train_step(
     model: BYOL,
     online: nn.Module,  # model.online, under DDP where there are several ranks
-    optimizer: torch.optim.Optimizer,
+    optimizer: LARS,
     batches: Iterable[Tensor],  # `accumulate` of x [2, B, 3, S, S], each view channels_last
     *,
     accumulate: int,
@@ -52,13 +52,14 @@ def train_step(
             loss = pair_loss(prediction, target)
             scale(loss / accumulate).backward()
         total += loss.detach() / accumulate
+    # EMA after LARS, with the updated online weights, as the authors do.
+    pairs = model.target_ema_params(), model.online_ema_params()
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
+        ema_(*pairs, decay)
     else:
-        optimizer.step()
-    # EMA after LARS, with the updated online weights, as the authors do.
-    ema_(model.target_ema_params(), model.online_ema_params(), decay)
+        optimizer.step_and_average(*pairs, decay)
     return StepOutput(total, projection, representation)
 
 

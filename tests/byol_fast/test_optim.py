@@ -1,6 +1,7 @@
 """LARS against the authors' numbers and against its own plain loop; the moving average."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, ema_, param_groups, set_lr
+from tests.byol_fast import fake_amp_c
 
-IMPLS = ["reference", "foreach"]
+IMPLS = ["reference", "foreach", "apex"]
+
+
+@pytest.fixture(autouse=True)
+def apex_without_apex(monkeypatch):
+    """`impl="apex"` against a stand-in for its compiled module; on a GPU with apex see below."""
+    monkeypatch.setitem(sys.modules, "amp_C", fake_amp_c)
+    monkeypatch.delitem(sys.modules, "byol_fast.apex_update", raising=False)
 
 
 def two_steps(p, grads, *, tensor_lr=False, adapt=True, **options):
@@ -119,14 +128,15 @@ def resnet50_shapes(divide: int) -> list[dict]:
     ],
     ids=str,
 )
-def test_foreach_equals_reference_over_100_steps(divide, variant):
+@pytest.mark.parametrize("impl", ["foreach", "apex"])
+def test_it_equals_the_reference_over_100_steps(divide, variant, impl):
     torch.manual_seed(0)
     groups = resnet50_shapes(divide)
     left = [p for group in groups for p in group["params"]]
     twins = copy.deepcopy(groups)
     right = [p for group in twins for p in group["params"]]
     start = [p.detach().clone() for p in left]
-    fast = LARS(groups, lr=0.0, impl="foreach", **variant)
+    fast = LARS(groups, lr=0.0, impl=impl, **variant)
     plain = LARS(twins, lr=0.0, impl="reference", **variant)
     noise = [torch.randn_like(p) * 1e-3 for p in left]
     for p, q, n in zip(left, right, noise, strict=True):
@@ -269,7 +279,7 @@ def test_gradients_are_not_changed(impl):
         ({"lr": 0.1, "momentum": 1.0}, "momentum"),
         ({"lr": 0.1, "weight_decay": -1.0}, "weight_decay"),
         ({"lr": 0.1, "eta": 0.0}, "eta"),
-        ({"lr": 0.1, "impl": "apex"}, "impl"),
+        ({"lr": 0.1, "impl": "cuda"}, "impl"),
         ({"lr": 0.1, "norm": "max"}, "norm"),
     ],
     ids=str,
@@ -320,3 +330,21 @@ def test_ema_ends(decay, as_tensor):
     before = target[0].clone()
     ema_(target, online, torch.tensor(decay) if as_tensor else decay)
     torch.testing.assert_close(target[0], online[0] if decay == 0 else before)
+
+
+def test_apex_missing_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    with pytest.raises(ImportError, match="built from source"):
+        LARS([nn.Parameter(torch.ones(2))], lr=0.1, impl="apex")
+
+
+def test_step_and_average_is_the_step_and_then_the_average():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(4, 4))
+    q, t, u = copy.deepcopy(p), torch.zeros(4, 4), torch.zeros(4, 4)
+    p.grad = q.grad = torch.randn(4, 4)
+    LARS([p], lr=0.5, weight_decay=0.1).step_and_average([t], [p], 0.9)
+    LARS([q], lr=0.5, weight_decay=0.1).step()
+    ema_([u], [q], 0.9)
+    assert torch.equal(p, q) and torch.equal(t, u)
+    assert t.abs().sum() > 0

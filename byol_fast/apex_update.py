@@ -1,0 +1,60 @@
+"""LARS by NVIDIA apex's multi-tensor kernels (its compiled module `amp_C`), where they are there.
+
+apex has no LARS. It has what one is made of: per-tensor norms, sums of scaled tensors, and the last
+stage of LAMB, `p -= rate · (norm a / norm b) · update`, which here adds the adapted update to the
+momentum. apex is built from source (github.com/NVIDIA/apex with `APEX_CPP_EXT=1 APEX_CUDA_EXT=1`);
+the package of that name on PyPI is an unrelated project.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+try:
+    import amp_C
+except ImportError as error:
+    raise ImportError(
+        f"impl='apex' needs NVIDIA apex built from source with its CUDA extensions ({error}); "
+        "impl='auto' needs nothing more"
+    ) from error
+
+_CHUNK = 2048 * 32  # elements of a block, as apex's own optimizers use
+
+
+def update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    group: dict[str, Any],
+    norm: Literal["update", "sum"],
+    lr_in_momentum: bool,
+) -> None:
+    """One LARS step of a parameter group, in place; see `optim.LARS`.
+
+    apex's kernels take numbers, so a tensor lr is read back from the device.
+    """
+    wd, momentum, lr = group["weight_decay"], group["momentum"], float(group["lr"])
+    noop = torch.zeros(1, dtype=torch.int32, device=params[0].device)
+    inside, outside = (lr, 1.0) if lr_in_momentum else (1.0, lr)
+    u = grads
+    if wd:
+        u = [torch.empty_like(p) for p in params]
+        amp_C.multi_tensor_axpby(_CHUNK, noop, [grads, params, u], 1.0, wd, 0)
+    if group["adapt"]:
+        size = amp_C.multi_tensor_l2norm(_CHUNK, noop, [params], True)[1]
+        over = amp_C.multi_tensor_l2norm(_CHUNK, noop, [u if norm == "update" else grads], True)[1]
+        live = (size > 0) & (over > 0)
+        if norm == "sum":
+            over = over + wd * size + 1e-8
+        size = torch.where(live, group["eta"] * size, 1.0)
+        over = torch.where(live, over, 1.0)
+        amp_C.multi_tensor_scale(_CHUNK, noop, [buffers, buffers], momentum)
+        amp_C.multi_tensor_lamb_stage2_cuda(
+            _CHUNK, noop, [buffers, u], size, over, -inside, 0.0, True
+        )
+    else:
+        amp_C.multi_tensor_axpby(_CHUNK, noop, [buffers, u, buffers], momentum, inside, 0)
+    amp_C.multi_tensor_axpby(_CHUNK, noop, [params, buffers, params], 1.0, -outside, 0)

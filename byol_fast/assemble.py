@@ -10,6 +10,7 @@ import torch
 
 from byol_fast import checkpoint, monitor
 from byol_fast import config as configuration
+from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
 from byol_fast.distributed import World
 from byol_fast.model import BYOL
@@ -18,7 +19,7 @@ from byol_fast.optim import LARS, param_groups
 from byol_fast.probe import OnlineProbe
 from byol_fast.recipes import Resolved
 from byol_fast.runfolder import RunFolder
-from byol_fast.trainer import RunPlan, Trainer
+from byol_fast.trainer import AUTOCAST, RunPlan, Trainer
 from pipelines.pipeline import ViewPipeline, build
 from pipelines.stores import Store
 
@@ -74,6 +75,7 @@ def assemble(
         folder=folder,
         plan=plan,
         model=model,
+        networks=_build_networks(config, model, plan, pipeline.stream.micro_batch, world),
         optimizer=optimizer,
         pipeline=pipeline,
         evaluation=evaluation,
@@ -120,6 +122,23 @@ def _build_model(config: Config, world: World) -> BYOL:
         bn_sync=config.model.bn_sync and world.size > 1,
     )
     return model.to(world.device).to(memory_format=torch.channels_last)
+
+
+def _build_networks(
+    config: Config, model: BYOL, plan: RunPlan, micro_batch: int, world: World
+) -> Networks:
+    """The parts the step calls, compiled where that was asked for or there is a GPU."""
+    on_gpu = world.device.type == "cuda"
+    if config.run.engine == "eager" or (config.run.engine == "auto" and not on_gpu):
+        return as_they_stand(model)
+    return compiled(
+        model,
+        world,
+        batch=micro_batch,
+        image_size=config.image_size,
+        dtype=torch.float32,
+        autocast_dtype=AUTOCAST.get(plan.precision),
+    )
 
 
 def _evaluation(

@@ -118,6 +118,11 @@ class RunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "of the networks; auto is bf16 on a GPU that has it, else fp32", default="auto"
     )
+    engine: Literal["auto", "eager", "compile"] = setting(
+        "the networks as they stand or through torch.compile; auto compiles on a GPU",
+        default="auto",
+        free=True,
+    )
     max_steps: int | None = setting(
         "stop after this step with a checkpoint; the schedule stays that of all epochs",
         default=None,

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from byol_fast.compiled import Networks
 from byol_fast.distributed import without_sync
-from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, ema_
 
@@ -25,7 +25,7 @@ class StepOutput(NamedTuple):
 
 def train_step(
     model: BYOL,
-    online: nn.Module,  # model.online, under DDP where there are several ranks
+    networks: Networks,  # online under DDP where there are several ranks
     optimizer: LARS,
     batches: Iterable[Tensor],  # `accumulate` of x [2, B, 3, S, S], each view channels_last
     *,
@@ -44,12 +44,12 @@ def train_step(
     total = torch.zeros((), device=next(model.parameters()).device)
     for number, x in enumerate(batches, start=1):
         views = x.flatten(0, 1)  # [2B, 3, S, S]: both views in one pass, BatchNorm keeps them apart
-        with nullcontext() if number == accumulate else without_sync(online):
+        with nullcontext() if number == accumulate else without_sync(networks.online):
             with _autocast(views.device.type, autocast_dtype):
                 with torch.no_grad():
-                    target = model.target(views)
-                prediction, projection, representation = online(views)
-            loss = pair_loss(prediction, target)
+                    target = networks.target(views)
+                prediction, projection, representation = networks.online(views)
+            loss = networks.loss(prediction, target)
             scale(loss / accumulate).backward()
         total += loss.detach() / accumulate
     # EMA after LARS, with the updated online weights, as the authors do.

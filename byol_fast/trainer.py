@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from byol_fast import checkpoint, gauges, monitor
 from byol_fast.clock import Clock
+from byol_fast.compiled import Networks
 from byol_fast.distributed import World, data_parallel
 from byol_fast.errors import Diverged, Preempted
 from byol_fast.model import BYOL
@@ -25,7 +26,7 @@ from byol_fast.signals import StopSignal
 from byol_fast.step import StepOutput, train_step
 from pipelines.pipeline import ViewPipeline, Views
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Trainer:
         folder: RunFolder,
         plan: RunPlan,
         model: BYOL,
+        networks: Networks,
         optimizer: LARS,
         pipeline: ViewPipeline,
         evaluation: OnlineEvaluation | None,
@@ -68,7 +70,7 @@ class Trainer:
         self.world, self.folder, self.plan, self.model = world, folder, plan, model
         self.optimizer, self.pipeline, self.evaluation = optimizer, pipeline, evaluation
         self.probe, self.runlog, self.identity = probe, runlog, identity
-        self.online = data_parallel(model.online, world)
+        self.networks = replace(networks, online=data_parallel(networks.online, world))
         self.lr, self.decay = 0.0, plan.target_decay
         self.scaler = torch.amp.GradScaler(world.device.type) if plan.precision == "fp16" else None
         self.step = 0
@@ -151,12 +153,12 @@ class Trainer:
 
         output = train_step(
             self.model,
-            self.online,
+            self.networks,
             self.optimizer,
             batches(),
             accumulate=self.pipeline.stream.accumulate,
             decay=self.decay,
-            autocast_dtype=_AUTOCAST.get(plan.precision),
+            autocast_dtype=AUTOCAST.get(plan.precision),
             scaler=self.scaler,
         )
         if self.probe is not None:

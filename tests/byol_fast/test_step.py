@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from byol_fast.compiled import as_they_stand
 from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
@@ -38,7 +39,7 @@ def views(batch: int = 8, seed: int = 1) -> torch.Tensor:
 
 def step(model: BYOL, optimizer: LARS, batches: list[torch.Tensor], **options):
     options = {"accumulate": len(batches), "decay": 0.9, **options}
-    return train_step(model, model.online, optimizer, batches, **options)
+    return train_step(model, as_they_stand(model), optimizer, batches, **options)
 
 
 def test_a_step_is_target_online_backward_lars_ema() -> None:

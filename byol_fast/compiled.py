@@ -1,0 +1,95 @@
+"""The networks through torch.compile, tried out before training depends on them.
+
+Each network becomes one graph (`fullgraph=True`): BatchNorm, ReLU and the residual sums run in
+common kernels, convolutions stay cuDNN's. A compiler that fails is said and costs nothing but the
+fusion: the same code then runs as it stands. Compiled code sits inside DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from byol_fast.distributed import World
+from byol_fast.loss import pair_loss
+from byol_fast.model import BYOL
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What `train_step` calls: the model's own parts, or those parts compiled."""
+
+    online: nn.Module
+    target: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor] = pair_loss
+    compile_seconds: float | None = None  # None: they run as they stand
+
+
+def as_they_stand(model: BYOL) -> Networks:
+    """The model's parts, not compiled."""
+    return Networks(model.online, model.target)
+
+
+def compiled(
+    model: BYOL,
+    world: World,
+    *,
+    batch: int,  # images of a micro-batch on this rank
+    image_size: int,
+    dtype: torch.dtype,  # of the views
+    autocast_dtype: torch.dtype | None,
+    backend: str = "inductor",
+) -> Networks:
+    """The networks compiled for views of one shape, or as they stand if any rank cannot.
+
+    A forward and a backward on random views make the compiler work now, not in the first step.
+    They leave nothing behind: running statistics are put back, gradients dropped.
+    """
+    compile_ = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    online = cast(nn.Module, compile_(model.online))
+    networks = Networks(online, compile_(model.target), compile_(pair_loss))
+    views = torch.randn(2 * batch, image_size, image_size, 3, device=world.device)
+    started, reason = time.perf_counter(), ""
+    try:
+        _try_out(model, networks, views.to(dtype).permute(0, 3, 1, 2), autocast_dtype)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+    except Exception as error:  # whatever a compiler, or what it calls, may raise
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    seconds = time.perf_counter() - started
+    (failed,) = world.any(bool(reason))
+    if failed:
+        log.warning(
+            "torch.compile failed%s: training goes on without it, more slowly (--run.engine eager "
+            "chooses that)",
+            f" ({reason})" if reason else " on another rank",
+        )
+        return as_they_stand(model)
+    log.info("networks compiled in %.0f s", seconds)
+    return Networks(networks.online, networks.target, networks.loss, seconds)
+
+
+def _try_out(
+    model: BYOL, networks: Networks, views: Tensor, autocast_dtype: torch.dtype | None
+) -> None:
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.autocast(views.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            with torch.no_grad():
+                target = networks.target(views)
+            prediction, _, _ = networks.online(views)
+        networks.loss(prediction, target).backward()
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for parameter in model.parameters():
+            parameter.grad = None

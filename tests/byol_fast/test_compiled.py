@@ -1,0 +1,161 @@
+"""Compiled networks: the same step, nothing left behind by the trial, and a loud way back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from byol_fast.compiled import as_they_stand, compiled
+from byol_fast.distributed import World, data_parallel
+from byol_fast.model import BYOL
+from byol_fast.optim import LARS, param_groups
+from byol_fast.step import train_step
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.again = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x)).relu_()
+        return (x + self.again(x)).mean((2, 3))
+
+
+class Unclear(Small):
+    """A network that cannot become one graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def make(backbone: type[nn.Module] = Small) -> BYOL:
+    torch.manual_seed(0)
+    model = BYOL(backbone(), image_size=16, projector=(16, 8), predictor=(16, 8))
+    return model.to(memory_format=torch.channels_last)
+
+
+def prepare(model: BYOL, backend: str = "aot_eager"):
+    return compiled(
+        model,
+        ALONE,
+        batch=4,
+        image_size=16,
+        dtype=torch.float32,
+        autocast_dtype=None,
+        backend=backend,
+    )
+
+
+def train(model: BYOL, networks, steps: int = 3) -> list[float]:
+    optimizer = LARS(param_groups(model.online, 1e-4), lr=0.5)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(2, 4, 16, 16, 3, generator=generator).permute(0, 1, 4, 2, 3)
+        output = train_step(model, networks, optimizer, [x], accumulate=1, decay=0.9)
+        losses.append(output.loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_are_the_steps(backend: str) -> None:
+    plain = make()
+    fast = copy.deepcopy(plain)
+    networks = prepare(fast, backend)
+    assert networks.compile_seconds is not None
+    assert networks.online is not fast.online
+    torch.testing.assert_close(
+        train(fast, networks), train(plain, as_they_stand(plain)), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(fast.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_compilation_serves_all_steps() -> None:
+    networks = prepare(model := make())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        train(model, networks)
+
+
+def test_the_trial_leaves_nothing_behind() -> None:
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    prepare(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_cannot_be_compiled_runs_as_it_stands_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make(Unclear)
+    before = copy.deepcopy(model.state_dict())
+    with caplog.at_level(logging.WARNING):
+        networks = prepare(model)
+    assert "torch.compile failed" in caplog.text
+    assert networks.online is model.online
+    assert networks.compile_seconds is None
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(loss > 0 for loss in train(model, networks))
+
+
+def test_a_failure_on_another_rank_counts_here_too(caplog: pytest.LogCaptureFixture) -> None:
+    class Two(World):
+        def any(self, *flags: bool) -> tuple[bool, ...]:
+            return (True,)
+
+    model = make()
+    world = Two(0, 2, torch.device("cpu"))
+    options = {"batch": 4, "image_size": 16, "dtype": torch.float32, "autocast_dtype": None}
+    with caplog.at_level(logging.WARNING):
+        assert compiled(model, world, **options, backend="eager").online is model.online
+    assert "on another rank" in caplog.text
+
+
+def _rank(rank: int, file: str, results: dict[tuple[int, str], list[torch.Tensor]]) -> None:
+    """Three steps on half of a fixed batch, under DDP with shared statistics, either way."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    world = World(rank, 2, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
+    for way in ("stands", "compiled"):
+        torch.manual_seed(0)
+        model = BYOL(Small(), image_size=16, projector=(16, 8), predictor=(16, 8), bn_sync=True)
+        networks = as_they_stand(model)
+        if way == "compiled":
+            options = {"batch": 4, "image_size": 16, "dtype": torch.float32}
+            networks = compiled(model, world, **options, autocast_dtype=None, backend="aot_eager")
+            assert networks.compile_seconds is not None
+        networks = dataclasses.replace(networks, online=data_parallel(networks.online, world))
+        optimizer = LARS(param_groups(model.online, 1e-4), lr=0.5)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            x = torch.randn(2, 8, 16, 16, 3, generator=generator).permute(0, 1, 4, 2, 3)
+            own = x[:, 4 * rank : 4 * rank + 4]
+            train_step(model, networks, optimizer, [own], accumulate=1, decay=0.9)
+        results[rank, way] = [t.detach().clone() for t in model.state_dict().values()]
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_under_ddp_with_shared_statistics_two_ranks_compile_too(tmp_path: Path) -> None:
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, (str(tmp_path / "store"), results), nprocs=2)
+        results = dict(results)
+    for rank in range(2):
+        torch.testing.assert_close(
+            results[rank, "compiled"], results[rank, "stands"], rtol=1e-4, atol=1e-5
+        )
+    torch.testing.assert_close(results[0, "compiled"], results[1, "compiled"], rtol=0, atol=0)

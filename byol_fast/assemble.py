@@ -13,6 +13,7 @@ from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
 from byol_fast.distributed import World
+from byol_fast.graphed import refusal
 from byol_fast.model import BYOL
 from byol_fast.online_eval import OnlineEvaluation
 from byol_fast.optim import LARS, param_groups
@@ -82,6 +83,7 @@ def assemble(
         probe=probe,
         runlog=runlog,
         identity={**identity, "hyper": model.hyper},
+        graph=config.run.engine == "graph",
     )
     if state is not None:
         trainer.load_state(state)
@@ -129,6 +131,11 @@ def _build_networks(
 ) -> Networks:
     """The parts the step calls, compiled where that was asked for or there is a GPU."""
     on_gpu = world.device.type == "cuda"
+    if config.run.engine == "graph":
+        accumulate = config.input.accumulate
+        reason = refusal(world.device, accumulate=accumulate, precision=plan.precision)
+        if reason:
+            raise ValueError(f"--run.engine graph: {reason}; use --run.engine auto")
     if config.run.engine == "eager" or (config.run.engine == "auto" and not on_gpu):
         return as_they_stand(model)
     return compiled(

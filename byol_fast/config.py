@@ -118,8 +118,9 @@ class RunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "of the networks; auto is bf16 on a GPU that has it, else fp32", default="auto"
     )
-    engine: Literal["auto", "eager", "compile"] = setting(
-        "the networks as they stand or through torch.compile; auto compiles on a GPU",
+    engine: Literal["auto", "eager", "compile", "graph"] = setting(
+        "networks as they stand, through torch.compile, or that and the whole step as one CUDA "
+        "graph, for small batches; auto compiles on a GPU",
         default="auto",
         free=True,
     )

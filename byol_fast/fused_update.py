@@ -58,6 +58,7 @@ class FusedGroup:
 
     def __init__(self) -> None:
         self._addresses: list[int] = []
+        self._sent: list[int] = []
         self._sizes: list[int] = []
         self._table = self._pieces = self._first = self._counts = torch.empty(0)
         self._partial = self._ratios = torch.empty(0)
@@ -111,15 +112,11 @@ class FusedGroup:
 
     def _prepare(self, *columns: Sequence[Tensor | None]) -> None:
         """Brings the tables up to date; in a steady state nothing has moved and nothing is sent."""
-        addresses = [
+        self._addresses = [
             0 if t is None else t.data_ptr() for row in zip(*columns, strict=True) for t in row
         ]
-        if addresses == self._addresses:
-            return
         params = [p for p in columns[0] if p is not None]
         device = params[0].device
-        self._addresses = addresses
-        self._table = _send(np.array(addresses, dtype=np.int64), device)
         counts = [p.numel() for p in params]
         if counts != self._sizes:
             self._sizes = counts
@@ -132,6 +129,16 @@ class FusedGroup:
             self._counts = _send(np.array(counts, dtype=np.int64), device)
             self._partial = torch.empty(len(tensor), 2, device=device)
             self._ratios = torch.empty(len(counts), device=device)
+            self._table = torch.empty(len(self._addresses), dtype=torch.int64, device=device)
+            self._sent = []
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            self.settle()
+
+    def settle(self) -> None:
+        """Sends the newest addresses, if they were not; a graph being captured cannot do that."""
+        if self._addresses != self._sent:
+            self._table.copy_(_send(np.array(self._addresses, dtype=np.int64), self._table.device))
+            self._sent = self._addresses
 
 
 def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:

@@ -124,6 +124,11 @@ class LARS(torch.optim.Optimizer):
         late = [(t, o) for o, t in follower.items()]  # those that no group stepped
         ema_([t for t, _ in late], [o for _, o in late], decay)
 
+    def settle(self) -> None:
+        """After a CUDA graph was captured with a step in it: sends what could not be sent then."""
+        for group in self._fused:
+            group.settle()
+
     def _run(self, follower: dict[Tensor, Tensor], decay: float | Tensor) -> None:
         """Updates every group; a fused one takes its parameters' followers out of the dict."""
         for number, group in enumerate(self.param_groups):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from byol_fast import checkpoint, gauges, monitor
+from byol_fast import checkpoint, gauges, graphed, monitor
 from byol_fast.clock import Clock
 from byol_fast.compiled import Networks
 from byol_fast.distributed import World, data_parallel
@@ -66,13 +66,22 @@ class Trainer:
         probe: OnlineProbe | None,
         runlog: monitor.RunLog,
         identity: dict[str, Any],  # whom a checkpoint belongs to: configuration, data, model
+        graph: bool = False,  # whether the step becomes a CUDA graph
     ) -> None:
         self.world, self.folder, self.plan, self.model = world, folder, plan, model
         self.optimizer, self.pipeline, self.evaluation = optimizer, pipeline, evaluation
         self.probe, self.runlog, self.identity = probe, runlog, identity
-        self.networks = replace(networks, online=data_parallel(networks.online, world))
+        with graphed.side_stream(world.device) if graph else nullcontext():
+            self.networks = replace(networks, online=data_parallel(networks.online, world))
         self.lr, self.decay = 0.0, plan.target_decay
         self.scaler = torch.amp.GradScaler(world.device.type) if plan.precision == "fp16" else None
+        self.graphed = (
+            graphed.GraphedStep(
+                model, self.networks, optimizer, autocast_dtype=AUTOCAST.get(plan.precision)
+            )
+            if graph
+            else None
+        )
         self.step = 0
         self.clock, self._seconds_before = Clock(), 0.0
         self._finite = torch.ones((), dtype=torch.bool, device=world.device)
@@ -143,24 +152,27 @@ class Trainer:
             total_steps=plan.total_steps,
         )
         self.decay = target_decay(self.step, base=plan.target_decay, total_steps=plan.total_steps)
-        # Host numbers: eager kernels take them as arguments, a third of a tensor's passes in EMA.
-        set_lr(self.optimizer, self.lr)
 
         def batches() -> Iterator[Tensor]:  # one at a time: they are large
             for _ in range(self.pipeline.stream.accumulate):
                 taken[:] = [next(views)]
                 yield taken[0].x
 
-        output = train_step(
-            self.model,
-            self.networks,
-            self.optimizer,
-            batches(),
-            accumulate=self.pipeline.stream.accumulate,
-            decay=self.decay,
-            autocast_dtype=AUTOCAST.get(plan.precision),
-            scaler=self.scaler,
-        )
+        if self.graphed is not None:
+            output = self.graphed(next(batches()), lr=self.lr, decay=self.decay)
+        else:
+            # Host numbers: kernels take them as arguments, a third of a tensor's passes in EMA.
+            set_lr(self.optimizer, self.lr)
+            output = train_step(
+                self.model,
+                self.networks,
+                self.optimizer,
+                batches(),
+                accumulate=self.pipeline.stream.accumulate,
+                decay=self.decay,
+                autocast_dtype=AUTOCAST.get(plan.precision),
+                scaler=self.scaler,
+            )
         if self.probe is not None:
             self._probe_loss = self.probe.update(output.representation, taken[0].label)
         self._finite &= output.loss.isfinite()

@@ -184,3 +184,16 @@ def test_auto_is_fused_on_a_gpu_and_waits_for_nothing():
         optimizer.step_and_average(target, online, 0.99)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_addresses_that_could_not_be_sent_are_sent_by_settle(monkeypatch):
+    p = nn.Parameter(torch.ones(4, 4, device=DEVICE))
+    optimizer = LARS([p], lr=0.5, impl="fused")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    group = optimizer._fused[0]
+    first = group._table.clone()
+    group._addresses = [*group._addresses[:1], 16, *group._addresses[2:]]  # as a capture leaves it
+    optimizer.settle()
+    assert group._table[1] == 16
+    assert (group._table != first).sum() == 1

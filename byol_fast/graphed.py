@@ -1,0 +1,119 @@
+"""A whole update as one CUDA graph: forward, backward, reduction over ranks, LARS and EMA.
+
+A small batch leaves the GPU waiting for launches; a replayed graph launches everything at once.
+What changes from step to step lives in device memory: the views, the learning rate and τ.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from byol_fast.compiled import Networks
+from byol_fast.model import BYOL
+from byol_fast.optim import LARS, set_lr
+from byol_fast.step import StepOutput, train_step
+
+log = logging.getLogger(__name__)
+
+# Ordinary steps before the capture: DistributedDataParallel settles its buckets in eleven.
+WARM_UP = 11
+
+
+def side_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Where DistributedDataParallel has to be made for its reductions to be captured."""
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+def refusal(device: torch.device, *, accumulate: int, precision: str) -> str:
+    """Why such a step cannot be one graph; "" if it can."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    if accumulate != 1:
+        return "a step has several micro-batches (--input.accumulate)"
+    if precision == "fp16":
+        return "fp16's loss scale is decided on the host (--run.precision bf16)"
+    return ""
+
+
+class GraphedStep:
+    """Takes training steps; the first `WARM_UP` as usual, all others by replaying one graph.
+
+    The views must keep their shape, dtype and strides. What a step returns is overwritten by the
+    next. A capture that fails is said, and steps go on as usual.
+    """
+
+    def __init__(
+        self,
+        model: BYOL,
+        networks: Networks,
+        optimizer: LARS,
+        *,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        device = next(model.parameters()).device
+        self._model, self._networks, self._optimizer = model, networks, optimizer
+        self._autocast = autocast_dtype
+        self._decay = torch.zeros((), dtype=torch.float64, device=device)
+        lr = torch.zeros((), device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self._side = torch.cuda.Stream(device)  # a graph is captured and warmed up on a side stream
+        self._calls = 0
+        self._views: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: StepOutput | None = None
+
+    def __call__(self, x: Tensor, *, lr: float, decay: float) -> StepOutput:
+        """One update on views x `[2, B, 3, S, S]`."""
+        set_lr(self._optimizer, lr)
+        self._decay.fill_(decay)
+        self._calls += 1
+        if self._calls == WARM_UP + 1:
+            self._capture(x)
+        if self._graph is None or self._output is None or self._views is None:
+            return self._as_usual(x)
+        self._views.copy_(x)
+        self._graph.replay()
+        return self._output
+
+    def _step(self, x: Tensor) -> StepOutput:
+        return train_step(
+            self._model,
+            self._networks,
+            self._optimizer,
+            [x],
+            accumulate=1,
+            decay=self._decay,
+            autocast_dtype=self._autocast,
+        )
+
+    def _as_usual(self, x: Tensor) -> StepOutput:
+        current = torch.cuda.current_stream(x.device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            output = self._step(x)
+        current.wait_stream(self._side)
+        x.record_stream(self._side)
+        for tensor in output:
+            tensor.record_stream(current)
+        return output
+
+    def _capture(self, x: Tensor) -> None:
+        """Records a step without taking it."""
+        torch.cuda.synchronize(x.device)
+        views, graph = x.clone(), torch.cuda.CUDAGraph()
+        try:
+            # thread_local: other threads decode and pin memory meanwhile
+            with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
+                output = self._step(views)
+        except Exception as error:  # torch raises several types, some after the fact
+            log.warning("the step was not captured as a CUDA graph, it runs as usual: %s", error)
+            return
+        finally:
+            self._optimizer.settle()
+        self._views, self._graph, self._output = views, graph, output
+        log.info("the step is a CUDA graph from here on")

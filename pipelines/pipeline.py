@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipelines.augment import reference
+from pipelines.augment import Augment, choose
 from pipelines.plan import Rows, RowStream
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store, open_store
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Views:
     """One micro-batch of one rank, ready on the device's current stream."""
 
-    x: Tensor  # [2, B, 3, S, S] float32, normalised, each view channels_last
+    x: Tensor  # [2, B, 3, S, S] in build's dtype, normalised, each view channels_last
     index: Tensor  # [B] int64 on the CPU: sample ids
     label: Tensor  # [B] int64 on the device, -1 where there is none
 
@@ -37,9 +37,15 @@ class ViewPipeline:
     """Iterates the plan's steps as views on the device. Made by `build`."""
 
     def __init__(
-        self, store: Store, stream: RowStream, source: Source, device: torch.device
+        self,
+        store: Store,
+        stream: RowStream,
+        source: Source,
+        augment: Augment,
+        device: torch.device,
     ) -> None:
         self.store, self.stream, self.source, self.device = store, stream, source, device
+        self._augment = augment
         self._labels = torch.as_tensor(store.labels, dtype=torch.int64)
         self._augment_timer = Timer(device)
 
@@ -70,7 +76,7 @@ class ViewPipeline:
     def _views(self, crops: Tensor, rows: Rows) -> Views:
         index = torch.from_numpy(rows.ids)
         with self._augment_timer:
-            x = reference.apply(crops, torch.from_numpy(rows.colours), self.stream.spec)
+            x = self._augment(crops, torch.from_numpy(rows.colours))
         return Views(x, index, _to(self._labels[index], self.device))
 
     def stats(self) -> dict[str, Any]:
@@ -102,6 +108,7 @@ def build(
     prefetch: int = 2,
     decode: str = "auto",
     verify: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> ViewPipeline:
     """Open `data` and return its dual-view pipeline.
 
@@ -112,11 +119,14 @@ def build(
             batch_size / world_size of them in `accumulate` micro-batches.
         seed: with the epoch and the sample it decides everything random.
         device: where the views are wanted.
-        backend: `auto`, `torch`, `dali` or `synthetic`; `auto` takes DALI where there is a GPU.
+        backend: `auto`, `torch`, `dali`, `ffcv` or `synthetic`; `auto` takes DALI where there is a
+            GPU and DALI is installed, FFCV for a `.beton` where that is, else torch.
         threads: decoding threads of this rank; by default its share of the processor's cores.
         prefetch: batches made ahead.
-        decode: `auto`, `cpu` or `mixed` (on the GPU), read by DALI alone.
+        decode: `auto`, `cpu`, `mixed` (on the GPU) or `mixed:0.65` with a share of its JPEG
+            engines; read by DALI alone.
         verify: strictly decode a folder's images when it is indexed for the first time.
+        dtype: of the views: float32, bfloat16 or float16. Colours are computed in float32.
 
     Raises:
         DataError: the data is missing, empty, broken or smaller than a batch.
@@ -133,6 +143,7 @@ def build(
         rank=rank,
         world_size=world_size,
     )
+    augment = choose(spec, device, dtype)
     backend = choose_backend(backend, store, device)
     log.info("data: %d images, cut by the %s backend", len(store), backend)
     source = open_source(
@@ -144,7 +155,7 @@ def build(
         prefetch=prefetch,
         decode=decode,
     )
-    return ViewPipeline(store, stream, source, device)
+    return ViewPipeline(store, stream, source, augment, device)
 
 
 def open_source(
@@ -177,12 +188,18 @@ def open_source(
                 prefetch=prefetch,
                 decode=decode,
             )
+        case "ffcv":
+            from pipelines.sources.ffcv_source import FfcvSource
+
+            return FfcvSource(
+                store, image_size=image_size, device=device, threads=threads, prefetch=prefetch
+            )
         case "synthetic":
             from pipelines.sources.synthetic_source import SyntheticSource
 
             return SyntheticSource(store, image_size=image_size, device=device)
         case _:
-            raise ValueError(f"backend is auto, torch, dali or synthetic, got {backend!r}")
+            raise ValueError(f"backend is auto, torch, dali, ffcv or synthetic, got {backend!r}")
 
 
 def choose_backend(backend: str, store: Store, device: torch.device) -> str:
@@ -199,9 +216,16 @@ def choose_backend(backend: str, store: Store, device: torch.device) -> str:
         if dali_available():
             return "dali"
         log.warning(
-            "DALI is not installed, so images are decoded by the torch backend on the CPU; "
-            "pip install byol-fast[dali] is usually faster on a GPU"
+            "DALI is not installed, so images are decoded on the CPU; pip install byol-fast[dali] "
+            "is usually faster on a GPU"
         )
+    from pipelines.stores.beton import BetonStore
+
+    if isinstance(store, BetonStore):
+        from pipelines.sources import ffcv_available
+
+        if ffcv_available():
+            return "ffcv"
     return "torch"
 
 

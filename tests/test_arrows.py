@@ -12,10 +12,13 @@ METHOD = ["model", "step", "optim", "norm", "loss", "schedules"]
 LIGHT = ["config", "recipes", "cli", "flags", "arguments", "errors", "_version"]
 
 # Packages that an installation may lack, and the files that exist to use them.
-OPTIONAL = {"nvidia", "ffcv", "apex", "wandb"}
+OPTIONAL = {"nvidia", "ffcv", "numba", "llvmlite", "apex", "wandb", "triton"}
 BACKENDS = {
-    f"pipelines/sources/{module}.py" for module in ("dali_source", "dali_graph", "ffcv_source")
+    f"pipelines/sources/{module}.py"
+    for module in ("dali_source", "dali_graph", "ffcv_source", "ffcv_kernel", "ffcv_library")
 }
+BACKENDS |= {f"pipelines/augment/{module}.py" for module in ("fused", "fused_kernels")}
+BACKENDS |= {"byol_fast/fused_update.py"}
 
 
 def imports(source: str, *, here: str = "", module_level: bool = False) -> set[str]:

@@ -52,14 +52,9 @@ def apply(
     Raises:
         ValueError: a shape or dtype differs from the above, or S from `spec.image_size`.
     """
-    _check(crops, spec)
+    check_crops(crops, spec)
+    table = host_table(colours, crops)
     views, batch, size = crops.shape[:3]
-    if colours.shape != (batch, views, len(Colour)):
-        raise ValueError(
-            f"colours must be [B,V,{len(Colour)}] = {[batch, views, len(Colour)]} for these crops, "
-            f"got {list(colours.shape)}"
-        )
-    table: Table = colours.detach().to("cpu", torch.float32).transpose(0, 1).flatten(0, 1).numpy()
     ranking = np.argsort(np.where(table[:, Colour.JITTER] > 0, table[:, Colour.ORDER], -1))
     table = table[ranking]
     thresholds = np.array([view.solarize_threshold for view in spec.views], dtype=np.float32)
@@ -92,7 +87,7 @@ def normalise(
     Raises:
         ValueError: as `apply`.
     """
-    _check(crops, spec)
+    check_crops(crops, spec)
     size = crops.shape[2]
     # constants for a line of pixels at once, again so that the loop vectorises
     mean, std = (
@@ -114,7 +109,8 @@ def blur_taps(sigma: Table, radius: int) -> Table:
     return taps.astype(np.float32)
 
 
-def _check(crops: Tensor, spec: AugmentSpec) -> None:
+def check_crops(crops: Tensor, spec: AugmentSpec) -> None:
+    """Raises ValueError unless crops are uint8 `[V,B,S,S,3]` that `spec` can be applied to."""
     side = spec.image_size
     fits = crops.ndim == 5 and crops.shape[0] <= len(spec.views)
     if not fits or crops.shape[2:] != (side, side, 3) or crops.dtype != torch.uint8:
@@ -122,6 +118,18 @@ def _check(crops: Tensor, spec: AugmentSpec) -> None:
             f"crops must be uint8 [V,B,S,S,3] with at most {len(spec.views)} views and "
             f"S = image_size = {side}, got {crops.dtype} {list(crops.shape)}"
         )
+
+
+def host_table(colours: Tensor, crops: Tensor) -> Table:
+    """The colour table on the host, `[V * B, len(Colour)]` as the crops lie; else a ValueError."""
+    views, batch = crops.shape[:2]
+    if colours.shape != (batch, views, len(Colour)):
+        raise ValueError(
+            f"colours must be [B,V,{len(Colour)}] = {[batch, views, len(Colour)]} for these crops, "
+            f"got {list(colours.shape)}"
+        )
+    table: Table = colours.detach().to("cpu", torch.float32).transpose(0, 1).flatten(0, 1).numpy()
+    return table
 
 
 def _to(values: npt.NDArray[Any], device: torch.device) -> Tensor:

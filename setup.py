@@ -31,8 +31,8 @@ INSTALL = [
 ]
 
 EXTRAS = {
-    "dali": ["nvidia-dali-cuda130>=2.0"],
-    "dali-cuda12": ["nvidia-dali-cuda120>=2.0"],
+    "dali": ["nvidia-dali-cuda130>=2.4"],
+    "dali-cuda12": ["nvidia-dali-cuda120>=2.4"],
     "ffcv": ["ffcv>=1.0.2"],  # compiled on the spot: launch/install_ffcv.sh brings the libraries
     "wandb": ["wandb>=0.17"],
     "quickstart": ["scikit-image>=0.24"],  # its wheel holds free photographs
@@ -63,6 +63,7 @@ setup(
         "byol_fast.report",
         "pipelines",
         "pipelines.augment",
+        "pipelines.conversion",
         "pipelines.sources",
         "pipelines.stores",
     ],

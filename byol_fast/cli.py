@@ -19,6 +19,7 @@ COMMANDS = {
     "pretrain": ("byol_fast.pretrain", "learn a representation from a folder of images"),
     "evaluate": ("byol_fast.evaluate.__main__", "kNN and linear accuracy of learned weights"),
     "index": ("pipelines.index", "read a folder's image sizes, and check that all can be decoded"),
+    "convert": ("pipelines.convert", "write a data set as one .beton file, or check such a file"),
 }
 
 

@@ -17,13 +17,17 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError
 from pipelines.indexbuild import make_index, root_listing
-from pipelines.indexfile import Index, load, locations, save
+from pipelines.indexfile import Index, keep, load, locations, save
 from pipelines.scan import printable
+from pipelines.stores.tarbuild import open_tar_index
+from pipelines.stores.tarindex import TarIndex
+from pipelines.stores.tarshards import is_tar
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +71,7 @@ def _open(
         except (DataError, FileNotFoundError):
             previous = None  # replaced since by another process
     index, read = make_index(root, previous, verify=verify, workers=workers, progress=progress)
-    _keep(index)
+    keep(root, partial(save, index))
     return index, read
 
 
@@ -101,25 +105,23 @@ def _unchanged(index: Index) -> bool:
         return False
 
 
-def _keep(index: Index) -> None:
-    """Writes the index where it can be written."""
-    errors = []
-    for path in locations(index.root):
-        try:
-            save(index, path)
-        except OSError as error:
-            errors.append(f"{path}: {error.strerror or error}")
-        else:
-            log.info("index written to %s", path)
-            return
-    log.warning(
-        "the index cannot be stored (%s), so every start indexes again: "
-        "set BYOL_FAST_CACHE to a folder that can be written to",
-        "; ".join(errors),
-    )
+def warn_of(index: Index | TarIndex) -> None:
+    """Logs what is odd about the data, and how many images are left out."""
+    for note in index.notes:
+        log.warning("%s: %s", index.root, note)
+    if index.bad:
+        log.warning(
+            "%s: %d of %d images cannot be used and are left out (the first: %s: %s); "
+            "python -m pipelines.index names them all",
+            index.root,
+            len(index.bad),
+            len(index) + len(index.bad),
+            printable(index.bad[0].path),
+            index.bad[0].reason,
+        )
 
 
-def refuse_if_bad(index: Index, max_bad_share: float = 0.05) -> None:
+def refuse_if_bad(index: Index | TarIndex, max_bad_share: float = 0.05) -> None:
     """Refuses a folder in which more than `max_bad_share` of the images are bad, or all are.
 
     Raises:
@@ -140,9 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0 usable, 4 not."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.index",
-        description="Index a folder of images: count, name the classes and find broken files.",
+        description="Index a folder of images or tar shards: count, name the classes and find "
+        "broken files.",
     )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of images")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of images, or tar shards")
     parser.add_argument("--verify", action="store_true", help="decode every image strictly")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: every core)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -150,9 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start = time.perf_counter()
     try:
-        if not args.dir.is_dir():
+        index: Index | TarIndex
+        if is_tar(args.dir):
+            index, read = open_tar_index(args.dir, verify=args.verify, workers=args.workers)
+        elif args.dir.is_dir():
+            index, read = _open(args.dir, args.verify, args.workers, progress=True, refresh=True)
+        else:
             raise DataError(f"{args.dir} is not a folder: name the folder that holds the images")
-        index, read = _open(args.dir, args.verify, args.workers, progress=True, refresh=True)
         report = _report(index, read, time.perf_counter() - start)
         print(json.dumps(report, indent=2) if args.json else _text(report))
         refuse_if_bad(index)
@@ -162,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(index: Index, read: int, seconds: float) -> dict[str, Any]:
+def _report(index: Index | TarIndex, read: int, seconds: float) -> dict[str, Any]:
     return {
         "root": printable(str(index.root)),
         "images": len(index),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,8 @@ import numpy.typing as npt
 
 from pipelines.errors import DataError
 from pipelines.scan import Bad
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # raised whenever the meaning of a column changes; another format is rebuilt
 
@@ -138,6 +141,11 @@ def save(index: Index, path: Path) -> None:
         "sizes": index.sizes,
         "stats": index.stats,
     }
+    save_columns(columns, path)
+
+
+def save_columns(columns: dict[str, Any], path: Path) -> None:
+    """Writes an `.npz` atomically; raises as `save`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -148,6 +156,24 @@ def save(index: Index, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep(root: Path, write: Callable[[Path], None]) -> None:
+    """Has an index of `root` written to the first of its locations that can be written to."""
+    errors = []
+    for path in locations(root):
+        try:
+            write(path)
+        except OSError as error:
+            errors.append(f"{path}: {error.strerror or error}")
+        else:
+            log.info("index written to %s", path)
+            return
+    log.warning(
+        "the index cannot be stored (%s), so every start indexes again: "
+        "set BYOL_FAST_CACHE to a folder that can be written to",
+        "; ".join(errors),
+    )
 
 
 def load(path: Path, root: Path, *, stats: bool = False) -> Index:

@@ -13,7 +13,11 @@ from pipelines.errors import DataError
 Images: TypeAlias = npt.NDArray[np.uint8]
 ArrayData: TypeAlias = Images | tuple[Images, npt.ArrayLike | None]  # images, or (images, labels)
 
-MEND = "name a folder of images, an .npz or .npy file of uint8 images, or synthetic:N"
+MOST_CLASSES = 1_000_000  # a larger number is taken to count something else
+MEND = (
+    "name a folder of images, a .beton file, tar shards, an .npz or .npy file of uint8 images, or "
+    "synthetic:N"
+)
 
 
 @runtime_checkable
@@ -22,7 +26,7 @@ class Store(Protocol):
 
     @property
     def encoded(self) -> bool:
-        """Whether `read` gives encoded bytes, else uint8 pixels `[H, W, 3]`."""
+        """Whether `read` gives bytes for any row; for the others it gives uint8 `[H, W, 3]`."""
         ...
 
     @property
@@ -76,12 +80,14 @@ def open_store(
     """The store behind `data`.
 
     Args:
-        data: a folder of images (indexed on first use), an `.npz` file (`images`, and optionally
-            `labels` and `classes`), an `.npy` file, `synthetic:N`, uint8 arrays `[N, H, W, 3]` or
-            `[N, H, W]`, or a pair (images, labels).
-        verify: decode every image of a folder strictly when it is indexed; otherwise only headers
-            are read, and a broken image shows itself while training.
-        workers: threads that index a folder; by default every core this process may use.
+        data: a folder of images or tar shards (a folder of them, one, or a pattern such as
+            `train-{000..012}.tar`), both indexed on first use; a `.beton` file; an `.npz` file
+            (`images`, and optionally `labels` and `classes`), an `.npy` file, `synthetic:N`, uint8
+            arrays `[N, H, W, 3]` or `[N, H, W]`, or a pair (images, labels).
+        verify: decode every image strictly when a folder or shards are indexed; otherwise only
+            headers are read, and a broken image shows itself while training. What
+            `pipelines.convert` wrote was verified then, and its `--check` does it for any `.beton`.
+        workers: threads that index; by default every core this process may use.
         progress: show how far indexing is, on stderr.
         max_bad_share: the largest share in [0, 1] of unreadable images that is put up with.
 
@@ -100,12 +106,24 @@ def open_store(
         from pipelines.stores.synthetic import SyntheticStore
 
         return SyntheticStore.parse(text)
+    from pipelines.stores.tarshards import is_tar
+
+    if is_tar(path):
+        from pipelines.stores.tar import TarStore
+
+        return TarStore.open(
+            path, verify=verify, workers=workers, progress=progress, max_bad_share=max_bad_share
+        )
     if path.is_dir():
         from pipelines.stores.folder import FolderStore
 
         return FolderStore.open(
             path, verify=verify, workers=workers, progress=progress, max_bad_share=max_bad_share
         )
+    if path.suffix == ".beton" and path.is_file():
+        from pipelines.stores.beton import BetonStore
+
+        return BetonStore.open(path)
     if path.suffix in (".npz", ".npy") and path.is_file():
         from pipelines.stores.arrays import load_arrays
 

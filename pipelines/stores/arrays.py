@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from pipelines.decode import MAX_PIXELS
 from pipelines.errors import DataError
+from pipelines.stores import MOST_CLASSES
 
 _HASH_WHOLE = 2 << 30  # bytes: 2 s of sha256; of more, every k-th image is hashed
-_MOST_CLASSES = 1_000_000
 
 
 class ArrayStore:
@@ -118,7 +118,7 @@ def _check_labels(labels: npt.ArrayLike | None, n: int, where: str) -> npt.NDArr
             f"{where}: labels must be {n} whole numbers, one an image, "
             f"got shape {array.shape} of {array.dtype}"
         )
-    if array.min() < -1 or array.max() >= _MOST_CLASSES:
+    if array.min() < -1 or array.max() >= MOST_CLASSES:
         raise DataError(
             f"{where}: labels must count classes from 0 (-1: unlabelled), "
             f"got {array.min()} to {array.max()}"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
 from pipelines.errors import BadImage
-from pipelines.index import open_index, refuse_if_bad
+from pipelines.index import open_index, refuse_if_bad, warn_of
 from pipelines.indexfile import Index
 from pipelines.scan import printable
-
-log = logging.getLogger(__name__)
 
 
 class FolderStore:
@@ -46,18 +43,7 @@ class FolderStore:
         """
         index = open_index(root, verify=verify, workers=workers, progress=progress)
         refuse_if_bad(index, max_bad_share)
-        for note in index.notes:
-            log.warning("%s: %s", root, note)
-        if index.bad:
-            log.warning(
-                "%s: %d of %d images cannot be used and are left out (the first: %s: %s); "
-                "python -m pipelines.index names them all",
-                root,
-                len(index.bad),
-                len(index) + len(index.bad),
-                printable(index.bad[0].path),
-                index.bad[0].reason,
-            )
+        warn_of(index)
         return cls(index)
 
     @property

@@ -1,0 +1,1 @@
+"""Images of any store into one `.beton` file; the command is `pipelines.convert`."""

@@ -20,7 +20,8 @@ from byol_fast.optim import LARS, param_groups
 from byol_fast.probe import OnlineProbe
 from byol_fast.recipes import Resolved
 from byol_fast.runfolder import RunFolder
-from byol_fast.trainer import AUTOCAST, RunPlan, Trainer
+from byol_fast.step import AUTOCAST
+from byol_fast.trainer import RunPlan, Trainer
 from pipelines.pipeline import ViewPipeline, build
 from pipelines.stores import Store
 
@@ -96,6 +97,7 @@ def assemble(
 
 def _build_pipeline(resolved: Resolved, store: Store, world: World) -> ViewPipeline:
     config = resolved.config
+    backend, _, decode = config.backend.partition(":")
     return build(
         store,
         spec=configuration.spec(config),
@@ -105,9 +107,17 @@ def _build_pipeline(resolved: Resolved, store: Store, world: World) -> ViewPipel
         world_size=world.size,
         seed=config.seed,
         device=world.device,
-        backend=config.backend,
+        backend=backend,
         threads=config.input.threads,
+        decode=decode or "auto",
+        dtype=_views_dtype(config, world),
     )
+
+
+def _views_dtype(config: Config, world: World) -> torch.dtype:
+    """On a GPU views are written in what the first convolution reads: half of fp32's bytes."""
+    precision = _precision(config.run.precision, world)
+    return AUTOCAST.get(precision, torch.float32) if world.device.type == "cuda" else torch.float32
 
 
 def _build_model(config: Config, world: World) -> BYOL:
@@ -143,7 +153,7 @@ def _build_networks(
         world,
         batch=micro_batch,
         image_size=config.image_size,
-        dtype=torch.float32,
+        dtype=_views_dtype(config, world),
         autocast_dtype=AUTOCAST.get(plan.precision),
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from byol_fast import arguments
-from byol_fast.flags import Section, UsageError, flags_of, setting
+from byol_fast.flags import Section, UsageError, flags_of, nearest, setting
 
 if TYPE_CHECKING:
     from pipelines.spec import AugmentSpec
@@ -27,6 +27,8 @@ ACTIONS = {
     "--help": "this text",
 }
 RECIPE = "the recipe's"  # what None stands for until `recipes.fill`
+BACKENDS = ("auto", "torch", "dali", "ffcv", "synthetic")
+_BACKEND = re.compile(rf"{'|'.join(BACKENDS)}|dali:(cpu|mixed(:(0(\.\d+)?|1(\.0+)?))?)")
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(m|h)|(\d+)")
 
 
@@ -219,8 +221,11 @@ class Config(Section):
     batch_size: int = _recipe("images of one optimizer step over all processes", at_least=2)
     backbone: str = _recipe("any classification network of torchvision.models")
     image_size: int = _recipe("side of a view in pixels", at_least=8)
-    backend: Literal["auto", "torch", "dali", "synthetic"] = setting(
-        "what decodes and crops", default="auto", free=True
+    backend: str = setting(
+        "what decodes and crops: auto, torch, dali, ffcv or synthetic; dali:cpu, dali:mixed and "
+        "dali:mixed:0.65 say where DALI decodes, and the GPU's JPEG engines' share",
+        default="auto",
+        free=True,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("where it trains", default="auto", free=True)
     seed: int = setting(
@@ -235,6 +240,11 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not _BACKEND.fullmatch(self.backend):
+            raise UsageError(
+                f"--backend is {', '.join(BACKENDS)}, or dali:cpu, dali:mixed, dali:mixed:0.65; "
+                f"got {self.backend!r}{nearest(self.backend, BACKENDS)}"
+            )
         if not self.out:  # an unset shell variable would make the working directory the run's
             raise UsageError("--out must name a folder, got ''")
 

@@ -14,6 +14,9 @@ from byol_fast.distributed import without_sync
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, ema_
 
+# What a precision computes in; fp32 is not among them.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class StepOutput(NamedTuple):
     """What a step leaves for the monitor; all on the device, nothing waited for."""

@@ -23,10 +23,8 @@ from byol_fast.probe import OnlineProbe
 from byol_fast.runfolder import RunFolder
 from byol_fast.schedules import learning_rate, target_decay
 from byol_fast.signals import StopSignal
-from byol_fast.step import StepOutput, train_step
+from byol_fast.step import AUTOCAST, StepOutput, train_step
 from pipelines.pipeline import ViewPipeline, Views
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ def _common_flags(parser: argparse.ArgumentParser) -> None:
     add("--stem", choices=["imagenet", "cifar"], help="for weights that do not say")
     add("--image-size", type=int, help="pixels; else as trained, else 224")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--backend", default="auto", choices=["auto", "torch", "dali"], help="who decodes")
+    add("--backend", default="auto", choices=["auto", "torch", "dali", "ffcv"], help="who decodes")
     add("--threads", type=int, help="decoding threads; else one for each core")
     add("--out", type=Path, help="result file; else JSON beside the weights")
 

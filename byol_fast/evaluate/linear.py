@@ -19,7 +19,7 @@ from torch import nn
 from byol_fast.evaluate.features import Features, evaluating, extract, inference
 from byol_fast.evaluate.head import HeadTrainer, batches, top_k
 from byol_fast.evaluate.protocols import MMPRETRAIN, PAPER, QUICK, Protocol
-from pipelines.augment import reference
+from pipelines.augment import choose
 from pipelines.pipeline import open_source
 from pipelines.plan import Rows, RowStream, total_steps
 from pipelines.progress import Progress
@@ -165,7 +165,7 @@ def _train_on_images(
     stream = RowStream(spec, seed=seed, sizes=train.sizes, batch_size=protocol.batch_size)
     total = total_steps(protocol.epochs, len(train), protocol.batch_size)
     labels = torch.as_tensor(train.labels, dtype=torch.int64)
-    backbone = backbone.to(device)
+    backbone, augment = backbone.to(device), choose(spec, device)
     source = open_source(train, spec.image_size, device, backend=backend, threads=threads)
     meter = Progress("linear training", total * protocol.batch_size, enabled=progress)
     pending: deque[Rows] = deque()
@@ -180,7 +180,7 @@ def _train_on_images(
         with evaluating(backbone), meter:
             for crops in source.crops(feed()):
                 rows = pending.popleft()
-                x = reference.apply(crops, torch.from_numpy(rows.colours), spec)[0]
+                x = augment(crops, torch.from_numpy(rows.colours))[0]
                 with inference(device):
                     features = backbone(x)
                 if trainer is None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
+from pipelines.errors import MissingBackend
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -54,5 +56,14 @@ def dali_available() -> bool:
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError):  # OSError: a shared library that does not load
+        return False
+    return True
+
+
+def ffcv_available() -> bool:
+    """Whether FFCV's decoder is installed and loads, and numba with it."""
+    try:
+        import pipelines.sources.ffcv_source  # noqa: F401
+    except MissingBackend:
         return False
     return True

@@ -216,7 +216,11 @@ def changed(name: str) -> object:
     flag = FLAGS[name]
     if flag.choices:
         return next(c for c in reversed(flag.choices) if c != flag.default)
-    special = {"checkpoint.every": "2h", "model.hidden_layer": "avgpool"}
+    special = {
+        "backend": "dali:mixed:0.65",
+        "checkpoint.every": "2h",
+        "model.hidden_layer": "avgpool",
+    }
     by_kind = {bool: not flag.default, int: 12, float: 0.25, str: "other"}
     return special.get(name, by_kind[flag.kinds[0]])
 
@@ -230,6 +234,14 @@ def test_every_flag_survives_command_line_dict_and_yaml(name: str, tmp_path: Pat
     assert config.from_dict(config.to_dict(parsed)) == parsed
     file = write(tmp_path / "a.yaml", config.to_yaml(parsed))
     assert config.parse(["--config", file]) == parsed
+
+
+@pytest.mark.parametrize("word", ["dali:", "dali:gpu", "dali:mixed:1.5", "torch:cpu", "", "dalli"])
+def test_a_backend_that_does_not_exist(word: str) -> None:
+    message = refused("--backend", word)
+    assert "auto, torch, dali, ffcv, synthetic" in message
+    if word == "dalli":
+        assert "did you mean dali" in message
 
 
 def test_yaml_keeps_the_order_of_definition() -> None:

@@ -12,6 +12,7 @@ from byol_fast.evaluate import linear
 from byol_fast.evaluate.features import Features, extract
 from byol_fast.optim import LARS
 from byol_fast.schedules import learning_rate
+from pipelines.augment import reference
 from pipelines.errors import DataError
 from pipelines.plan import EpochPlan
 from pipelines.sources.torch_source import TorchSource
@@ -95,18 +96,21 @@ def test_the_same_seed_gives_the_same_head_for_any_thread_count():
 def test_training_crops_are_one_view_of_the_plan_flipped(monkeypatch, semantics):
     train, test = coloured_shapes(30), coloured_shapes(20, seed=1)
     asked, shown = [], []
-    crops_of, apply = TorchSource.crops, linear.reference.apply
+    crops_of = TorchSource.crops
 
     def spy_crops(self, rows):
         yield from crops_of(self, (asked.append(r) or r for r in rows))
 
-    def spy_apply(crops, colours, spec):
-        out = apply(crops, colours, spec)
-        shown.append((crops, colours, out, spec))
-        return out
+    def spy_choose(spec, device):
+        def apply(crops, colours):
+            out = reference.apply(crops, colours, spec)
+            shown.append((crops, colours, out, spec))
+            return out
+
+        return apply
 
     monkeypatch.setattr(TorchSource, "crops", spy_crops)
-    monkeypatch.setattr(linear.reference, "apply", spy_apply)
+    monkeypatch.setattr(linear, "choose", spy_choose)
     protocol = replace(SHORT, epochs=1, batch_size=30, semantics=semantics)
     linear.fit(Averages(), train, test, protocol=protocol, image_size=16, threads=1, seed=3)
     (crops, colours, out, spec), rows = shown[0], asked[0]
@@ -119,7 +123,7 @@ def test_training_crops_are_one_view_of_the_plan_flipped(monkeypatch, semantics)
     assert 5 < flips.sum() < 25
     for column in (Colour.JITTER, Colour.GREY, Colour.SIGMA, Colour.SOLARIZE):
         assert not colours[:, :, column].any()
-    plain = linear.reference.normalise(crops, spec)
+    plain = reference.normalise(crops, spec)
     assert torch.allclose(out[0, ~flips], plain[0, ~flips])
     assert torch.allclose(out[0, flips], plain[0, flips].flip(-1))
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from support import TINY, make_folder
 
+from byol_fast import assemble as assembling
+from byol_fast import compiled, pretrain
 from byol_fast import config as configuration
-from byol_fast import pretrain
 from byol_fast.assemble import assemble
 from byol_fast.config import FLAGS
 from byol_fast.distributed import World
@@ -55,6 +56,7 @@ OTHER = {
     "checkpoint.keep": 5,
 }
 ELSEWHERE = {
+    "run.engine": "below",
     "device": "test_pretrain: no gpu",
     "model.bn_sync": "test_pretrain: two ranks train like one",
     "checkpoint.allow_config_change": "test_pretrain: other configuration, and below",
@@ -152,3 +154,43 @@ def test_a_changed_setting_is_refused_on_resume_unless_allowed(
     assert refused.returncode == 2 and "optim.base_lr: 0.4 → 0.01" in refused.stderr
     allowed = pretrain([*arguments, "2", "--base-lr", "0.01", "--allow-config-change"])
     assert allowed.returncode == 0 and "optim.base_lr: 0.4 → 0.01" in allowed.stderr
+
+
+def test_the_engine_reaches_the_compiler(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def spy(model: Any, world: World, **options: Any) -> Any:
+        calls.append(options)
+        return compiled.as_they_stand(model)
+
+    monkeypatch.setattr(assembling, "compiled", spy)
+    arguments = ["--data", str(folders["train"]), *TINY]
+    for engine in ("auto", "eager", "compile"):
+        given = [*arguments, "--out", str(tmp_path / engine), "--engine", engine]
+        put_together(given, monkeypatch)
+    assert len(calls) == 1  # auto compiles on a GPU only
+    assert calls[0]["batch"] == 16 and calls[0]["image_size"] == 32
+    with pytest.raises(ValueError, match="no GPU"):
+        given = [*arguments, "--out", str(tmp_path / "graph"), "--engine", "graph"]
+        put_together(given, monkeypatch)
+
+
+def test_where_dali_decodes_reaches_it(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def spy(store: Any, *args: Any, **options: Any) -> Any:
+        asked.append((options["backend"], options["decode"]))
+        return real(store, *args, **{**options, "backend": "torch"})
+
+    real = assembling.build
+    monkeypatch.setattr(assembling, "build", spy)
+    for number, word in enumerate(("dali", "dali:cpu", "dali:mixed:0.8", "ffcv")):
+        out = str(tmp_path / str(number))
+        put_together(
+            ["--data", str(folders["train"]), "--out", out, *TINY, "--backend", word], monkeypatch
+        )
+    assert asked == [("dali", "auto"), ("dali", "cpu"), ("dali", "mixed:0.8"), ("ffcv", "auto")]

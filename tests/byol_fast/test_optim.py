@@ -124,12 +124,20 @@ def resnet50_shapes(divide: int) -> list[dict]:
         (8, {"norm": "sum"}),
         (8, {"norm": "sum", "lr_in_momentum": True}),
         (8, {"lr_in_momentum": True}),
-        pytest.param(1, {}, marks=pytest.mark.slow),  # all 35,066,944 parameters: about a minute
     ],
     ids=str,
 )
 @pytest.mark.parametrize("impl", ["foreach", "apex"])
 def test_it_equals_the_reference_over_100_steps(divide, variant, impl):
+    compare(impl, divide, variant)
+
+
+@pytest.mark.slow
+def test_it_does_so_on_all_35_million_parameters():
+    compare("foreach", 1, {})
+
+
+def compare(impl, divide, variant):
     torch.manual_seed(0)
     groups = resnet50_shapes(divide)
     left = [p for group in groups for p in group["params"]]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -44,9 +47,23 @@ def deviation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.int() - b.int()).abs().float()
 
 
+def corrupt(jpeg: bytes) -> bytes:
+    """Whole and plain by its header, but its first component uses a table that is not there."""
+    frame = jpeg.index(b"\xff\xc0")
+    return jpeg[: frame + 12] + b"\x03" + jpeg[frame + 13 :]
+
+
+def resident_mb() -> float:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 def dali_threads() -> int:
-    names = (path / "comm" for path in Path("/proc/self/task").iterdir())
-    return sum(name.read_text().startswith("[DALI]") for name in names)
+    found = 0
+    for path in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it ended just now
+            found += (path / "comm").read_text().startswith("[DALI]")
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -175,24 +192,69 @@ def test_arrays_go_without_a_decoder() -> None:
     source.close()
 
 
+def test_rows_of_pixels_among_encoded_ones(graphs: list[Any]) -> None:
+    """As a .beton holds them: the same crops as where all rows are pixels."""
+    images = [picture(40, 50, seed=i) for i in range(4)]
+    sizes = [(40, 50)] * 4
+    mixed = FakeStore([encoded(images[0], "PNG"), images[1][::-1][::-1], *images[2:]], sizes)
+    assert mixed.encoded
+    rows = rows_of(mixed, [[0, 1], [2, 3], [3, 0]])
+    source, plain = make(mixed), make(FakeStore(images))
+    for got, wanted in zip(source.crops(rows), plain.crops(rows), strict=True):
+        assert torch.equal(got, wanted)
+    assert source.bad == {} and [graph.decoder is None for graph in graphs] == [False, True]
+    source.close()
+    plain.close()
+
+
 def test_what_was_yielded_is_never_written_again(store: FakeStore) -> None:
     source = make(store)
     kept, copies = [], []
     for crops in source.crops(rows_of(store, [[0, 1, 2, 3], [4, 5, 6, 7]] * 5)):
         kept.append(crops)
         copies.append(crops.clone())
+    source.close()  # it is the consumer's memory, DALI gone or not
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
     assert torch.equal(kept[0], kept[8]) and not torch.equal(kept[0], kept[1])
+    kept[0].zero_()
+
+
+def test_crops_leave_dali_without_a_copy(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvidia.dali.pipeline import Pipeline
+
+    share, given = Pipeline.share_outputs, []
+
+    def noted(self: Pipeline, **options: Any) -> Any:
+        given.append(share(self, **options))
+        return given[-1]
+
+    monkeypatch.setattr(Pipeline, "share_outputs", noted)
+    source = make(store)
+    (crops,) = source.crops(rows_of(store, [[0, 1, 2]]))
+    (output,) = given[-1]
+    assert crops.is_contiguous() and crops.shape == (2, 3, S, S, 3)
+    assert crops.data_ptr() == ctypes.cast(output.as_tensor().data_ptr(), ctypes.c_void_p).value
     source.close()
 
 
-def test_a_truncated_jpeg_does_not_end_the_run(
+def test_memory_does_not_grow(store: FakeStore) -> None:
+    """Over 90 batches of 1.2 MB of crops, cut from 0.7 MB of pixels."""
+    source, sizes = make(store, 160), []
+    for _ in range(4):
+        for crops in source.crops(rows_of(store, [list(range(8))] * 30, 160)):
+            assert crops.shape[1] == 8
+        sizes.append(resident_mb())
+    assert sizes[-1] - sizes[0] < 15, sizes
+    source.close()
+
+
+def test_a_corrupt_jpeg_does_not_end_the_run(
     graphs: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its header is whole, so that only DALI's decoder finds out, with other batches in flight."""
+    """Its frame is plain, so that only DALI's decoder finds out, with other batches in flight."""
     jpegs = [encoded(picture(48, 64, seed=i), quality=90) for i in range(4)]
     good = FakeStore(jpegs, sizes=[(48, 64)] * 4)
-    broken = FakeStore([*jpegs[:2], jpegs[2][:1500], jpegs[3]], sizes=[(48, 64)] * 4)
+    broken = FakeStore([*jpegs[:2], corrupt(jpegs[2]), jpegs[3]], sizes=[(48, 64)] * 4)
     rows = rows_of(good, [[0, 1], [1, 3], [0, 2, 3], [3, 2], [1, 0], [3, 0]])
     reference, source = make(good), make(broken)
     expected = list(reference.crops(rows))
@@ -214,14 +276,16 @@ def test_a_truncated_jpeg_does_not_end_the_run(
 
 
 def test_bad_images_found_while_reading_cost_no_pipeline(graphs: list[Any]) -> None:
+    """A truncated JPEG is one of them: it lacks its end marker."""
     good = encoded(picture(48, 64))
     images = [good, bad("it is gone"), b"", b"<html>", encoded(picture(48, 63))]
-    store = FakeStore(images, sizes=[(48, 64)] * 5)
+    images += [good[: len(good) // 2], good[:-1], good[:-2] + b"\0" * 999]
+    store = FakeStore(images, sizes=[(48, 64)] * 8)
     source = make(store)
-    (crops,) = source.crops(rows_of(store, [[0, 1, 2, 3, 4]]))
-    assert [bool((crops[:, i] == GREY).all()) for i in range(5)] == [False, True, True, True, True]
+    (crops,) = source.crops(rows_of(store, [list(range(8))]))
+    assert [bool((crops[:, i] == GREY).all()) for i in range(8)] == [False] + [True] * 7
     assert source.bad[1] == "it is gone" and "48 x 63 pixels" in source.bad[4]
-    assert set(source.bad) == {1, 2, 3, 4} and len(graphs) == 1
+    assert set(source.bad) == set(range(1, 8)) and len(graphs) == 1
     source.close()
 
 
@@ -326,7 +390,7 @@ def test_waits_are_counted(store: FakeStore) -> None:
 def test_options_that_cannot_be(store: FakeStore) -> None:
     with pytest.raises(ValueError, match="'mixed' is on a GPU"):
         make(store, decode="mixed")
-    with pytest.raises(ValueError, match="auto, cpu or mixed, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"auto, cpu, mixed.*got 'gpu'"):
         make(store, decode="gpu")
     with pytest.raises(ValueError, match="prefetch must not be negative"):
         make(store, prefetch=-1)
@@ -341,17 +405,3 @@ def test_without_dali_the_install_command_is_named(monkeypatch: pytest.MonkeyPat
     assert not dali_available()
     with pytest.raises(MissingBackend, match=r"pip install byol-fast\[dali\]"):
         import pipelines.sources.dali_source  # noqa: F401
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("decode", ["cpu", "mixed"])
-def test_on_a_gpu_the_crops_are_the_same_within_rounding(decode: str) -> None:
-    """nvJPEG's inverse DCT and colours round differently: about a level on average."""
-    store = FakeStore.of_jpegs(SIZES * 2)
-    rows = rows_of(store, [list(range(8)), list(range(8, 16))] * 4, 96)
-    source = make(store, 96, device="cuda", decode=decode)
-    for got, expected in zip(source.crops(rows), by_torch(store, rows, 96), strict=True):
-        assert got.is_cuda
-        assert deviation(got.cpu(), expected).mean() < (0.5 if decode == "cpu" else 1.5)
-    source.close()

@@ -168,7 +168,9 @@ def _frame_at(data: bytes, start: int, transform: int, scanned: int) -> _Frame:
     height = data[start + 5] << 8 | data[start + 6]
     width = data[start + 7] << 8 | data[start + 8]
     _check_size(height, width)
-    usual = sof in _HUFFMAN_FRAMES and precision == 8
+    if precision != 8:  # no decoder here reads it
+        raise BadImage(f"a JPEG of {precision} bits a channel: convert it to 8")
+    usual = sof in _HUFFMAN_FRAMES
     parts = data[start + 10 : start + 10 + 3 * components]
     plain, rgb = usual and components == 1, False
     if components == 3:

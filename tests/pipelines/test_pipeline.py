@@ -143,7 +143,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(data: str) -> None:
 
 
 def test_an_unknown_backend_is_refused(data: str) -> None:
-    with pytest.raises(ValueError, match="auto, torch, dali or synthetic"):
+    with pytest.raises(ValueError, match="auto, torch, dali, ffcv or synthetic"):
         collect(data, (0, 1), backend="tfrecord")
 
 

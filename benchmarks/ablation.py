@@ -1,0 +1,138 @@
+"""Each optimisation of the step taken away alone, beside what was predicted of it.
+
+`python benchmarks/ablation.py [--device cuda] [--batch-size 256] [--steps 20] [--json FILE]`
+
+Rows take turns with the full step, A B A B. A gain is the time without the optimisation over the
+time with it, on the same engine: `compiled` and `captured` compare engines, all others run eagerly,
+as compiling each would take minutes. Predictions were written down before anything was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a checkout
+
+import numpy as np
+
+from benchmarks import hardware
+from benchmarks.conditions import conditions
+from benchmarks.hardware import percentiles
+from benchmarks.stepping import StepBench, StepSettings
+from byol_fast import distributed
+from byol_fast.distributed import World
+
+
+class Change(NamedTuple):
+    """An optimisation: the settings with it and without it, and the gain predicted."""
+
+    name: str
+    with_it: dict[str, Any]
+    without: dict[str, Any]
+    predicted: str  # on an H200 at 256 images; in brackets at 64
+    anywhere: bool = False  # whether it means something without a GPU
+
+
+_EAGER = {"engine": "eager"}
+CHANGES = (
+    Change("channels_last", _EAGER, {**_EAGER, "channels_last": False}, "1.45-1.7", True),
+    Change("compiled", {"engine": "compile"}, _EAGER, "1.2-1.35"),
+    Change("captured", {"engine": "graph"}, {"engine": "compile"}, "1.01-1.03 (1.2-1.5)"),
+    Change("fused LARS and EMA, not foreach", _EAGER, {**_EAGER, "optimizer": "foreach"}, "1.01"),
+    Change(
+        "multi-tensor LARS, not a loop",
+        {**_EAGER, "optimizer": "foreach"},
+        {**_EAGER, "optimizer": "reference"},
+        "1.04-1.08 (1.15-1.35)",
+        True,
+    ),
+    Change(
+        "both views in one pass",
+        _EAGER,
+        {**_EAGER, "one_pass": False},
+        "1.01-1.03 (1.1-1.3)",
+        True,
+    ),
+    Change("bf16, not fp16", _EAGER, {**_EAGER, "precision": "fp16"}, "below 1: eager BatchNorm"),
+    Change("cuDNN's search", _EAGER, {**_EAGER, "cudnn_benchmark": False}, "1.0-1.1"),
+)
+
+
+def measure(settings: StepSettings, world: World, *, steps: int, warm_up: int) -> dict[str, Any]:
+    """Gains by name: p20, p50, p80 of the ratio within each round."""
+    gains: dict[str, Any] = {}
+    for change in CHANGES:
+        if world.device.type != "cuda" and not change.anywhere:
+            gains[change.name] = {"left_out": "needs a GPU", "predicted": change.predicted}
+            continue
+        try:
+            pair = [
+                StepBench(replace(settings, **options), world)
+                for options in (change.with_it, change.without)
+            ]
+            gains[change.name] = _gain(pair, change, steps, warm_up)
+        except (ValueError, RuntimeError) as error:
+            gains[change.name] = {"left_out": str(error)[:200], "predicted": change.predicted}
+    return gains
+
+
+def _gain(pair: list[StepBench], change: Change, steps: int, warm_up: int) -> dict[str, Any]:
+    for bench in pair:
+        for _ in range(warm_up):
+            bench.step()
+    rounds = [
+        [np.median(hardware.step_seconds(b.step, b.device, max(2, steps // 4))) for b in pair]
+        for _ in range(5)
+    ]
+    seconds = np.array(rounds)
+    return {
+        "gain": percentiles(seconds[:, 1] / seconds[:, 0]),
+        "ms": percentiles(1000 * seconds[:, 0]),
+        "predicted": change.predicted,
+        "n": len(rounds),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: 0, or 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    world = distributed.start(options.device)
+    if world.device.type == "cuda":
+        settings = StepSettings(batch=options.batch_size or 256)
+        steps, warm_up = options.steps or 40, 20
+    else:
+        batch = options.batch_size or 8
+        settings = StepSettings("resnet18", 32, batch, precision="fp32", engine="eager")
+        steps, warm_up = options.steps or 2, 1
+    gains = measure(settings, world, steps=steps, warm_up=warm_up)
+    result = {
+        **conditions("ablation", ["python", "benchmarks/ablation.py", *argv], world.device),
+        "batch_size": settings.batch,
+        "gains": gains,
+    }
+    for name, row in gains.items():
+        if "gain" in row:
+            measured = "{1:.3f} ({0:.3f}-{2:.3f})".format(*row["gain"])
+        else:
+            measured = f"left out: {row['left_out'][:60]}"
+        print(f"{name:34}{measured:26} predicted {row['predicted']}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Images per second per GPU of BYOL pretraining, against an FPS target.
+
+`python benchmarks/fps.py [--mode all | step loader e2e linear-eval optim peers] [--target-fps 676]
+ [--data DIR] [--batch-size 256] [--json FILE] [--chart FILE.svg]`
+`torchrun --nproc_per_node=8 benchmarks/fps.py --mode step`
+
+- `step`: the whole update (target, online, backward, LARS, moving average) on views that are on the
+  device already. `loader`: files to views on the device, nothing else. `e2e`: both together.
+- `linear-eval`: a frozen backbone's forward and a linear layer's training step: what the target's
+  figure was measured on. `optim`: LARS and moving average alone. `peers`: see peers.py.
+
+One image is one sample, that is two views, except in linear-eval. Without a GPU everything runs
+small, to show that it runs; such figures say nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a checkout
+
+import torch
+
+from benchmarks import chart_fps, hardware, optimizers, stepping
+from benchmarks.conditions import conditions
+from benchmarks.stepping import FORWARDS_OF_AN_IMAGE, StepSettings
+from byol_fast import distributed
+from byol_fast.distributed import World
+from pipelines.errors import DataError
+
+MODES = ("step", "loader", "e2e", "linear-eval", "optim", "peers")
+TARGET = 5408 / 8  # mmpretrain's linear evaluation of BYOL ResNet-50: 5408 images/s on 8 BI-V100
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; sizes that were not given depend on the device."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--mode", nargs="+", choices=["all", *MODES], default=["step"])
+    parser.add_argument("--target-fps", type=float, default=TARGET, help="images/s per GPU")
+    parser.add_argument("--data", help="a folder of images; without it JPEGs are generated")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--backbone", help="of torchvision (resnet50; without a GPU resnet18)")
+    parser.add_argument("--image-size", type=int, help="pixels (224; without a GPU 32)")
+    parser.add_argument("--batch-size", type=int, help="images per GPU (256; without a GPU 16)")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--engine", choices=["eager", "compile", "graph"])
+    parser.add_argument("--backend", default="auto", help="of the loader: auto, torch, dali, ffcv")
+    parser.add_argument("--steps", type=int, help="measured steps (50; without a GPU 5)")
+    parser.add_argument("--json", type=Path, help="where the result is written")
+    parser.add_argument("--chart", type=Path, help="where a picture of it is written, as .svg")
+    options = parser.parse_args(argv)
+    options.argv = argv
+    if "all" in options.mode:
+        options.mode = list(MODES)
+    if options.target_fps <= 0:
+        parser.error("--target-fps is above 0")
+    for name in ("image_size", "batch_size", "steps"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1")
+    return options
+
+
+def settle(options: argparse.Namespace, device: torch.device) -> StepSettings:
+    """The sizes of a GPU run, or of a small one."""
+    big = device.type == "cuda"
+    options.steps = options.steps or (50 if big else 5)
+    return StepSettings(
+        backbone=options.backbone or ("resnet50" if big else "resnet18"),
+        image_size=options.image_size or (224 if big else 32),
+        batch=options.batch_size or (256 if big else 16),
+        precision=options.precision or ("bf16" if big else "fp32"),
+        engine=options.engine or ("compile" if big else "eager"),
+    )
+
+
+def run(options: argparse.Namespace, world: World, scratch: Path) -> dict[str, Any]:
+    """Every mode that was asked for, and what they mean together."""
+    settings = settle(options, world.device)
+    limits = {
+        "flops": hardware.matmul_flops(
+            world.device,
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision, torch.float32),
+        ),
+        "bytes": hardware.copy_bytes(world.device),
+        "flop_of_an_image": stepping.flop_of_an_image(settings),
+        "bytes_of_an_image": stepping.bytes_of_an_image(settings),
+    }
+    result: dict[str, Any] = {
+        **conditions("fps", ["python", "benchmarks/fps.py", *options.argv], world.device),
+        "ranks": world.size,
+        "target_fps": options.target_fps,
+        "limits": limits,
+        "modes": {},
+    }
+    modes, warm_up = result["modes"], 20 if world.device.type == "cuda" else 1
+    for mode in options.mode:
+        match mode:
+            case "step":
+                modes[mode] = stepping.measure(
+                    settings, world, steps=options.steps, warm_up=warm_up, limits=limits
+                )
+            case "loader" | "e2e":
+                from benchmarks import feeding  # the pipelines' packages are needed only here
+
+                folder = options.data or feeding.generated(scratch)
+                modes[mode] = feeding.measure(
+                    folder,
+                    settings,
+                    world,
+                    backend=options.backend,
+                    steps=options.steps,
+                    warm_up=min(5, warm_up),
+                    train=mode == "e2e",
+                )
+            case "linear-eval":
+                modes[mode] = stepping.measure_linear(
+                    settings, world, steps=options.steps, warm_up=warm_up
+                )
+            case "optim":
+                modes[mode] = optimizers.measure(settings, world.device, steps=options.steps)
+            case "peers":
+                from benchmarks import peers
+
+                modes[mode] = peers.measure(settings, world, steps=options.steps, warm_up=warm_up)
+    result["verdict"] = verdict(result)
+    result["bottleneck"] = bottleneck(result)
+    return result
+
+
+def verdict(result: dict[str, Any]) -> list[str]:
+    """Each rate beside the target, and what the comparison means."""
+    target, lines = result["target_fps"], []
+    lines.append(
+        f"target: {target:.0f} images/s per GPU"
+        + (
+            " (mmpretrain's linear evaluation of BYOL ResNet-50, one forward an image; a BYOL "
+            f"image costs {FORWARDS_OF_AN_IMAGE} such forwards)"
+            if target == TARGET
+            else ""
+        )
+    )
+    for mode in ("step", "loader", "e2e", "linear-eval"):
+        if mode in result["modes"]:
+            rate = result["modes"][mode]["images_per_second_per_gpu"][1]
+            met = "met" if rate >= target else "missed"
+            lines.append(f"{mode}: {rate:.1f} images/s per GPU, {rate / target:.2f}x: {met}")
+    return lines
+
+
+def bottleneck(result: dict[str, Any]) -> str:
+    """One sentence: what limits the run, and what to do about it."""
+    modes = result["modes"]
+    step, e2e, loader = (modes.get(name) for name in ("step", "e2e", "loader"))
+    if e2e is not None and e2e["wait_share"] > 0.05:
+        return (
+            f"Loading limits: the device waits {e2e['wait_share']:.0%} of the time for data; give "
+            "the ranks more cores, use DALI with a GPU (--backend dali), or convert to smaller "
+            "images (python -m pipelines.convert --max-side)."
+        )
+    if step is None:
+        if loader is not None:
+            rate = loader["images_per_second_per_gpu"][1]
+            return (
+                f"The loader gives {rate:.0f} images/s to each rank; run --mode step e2e to see "
+                "whether that is enough."
+            )
+        return "No step was measured: run --mode step e2e to see what limits training."
+    if step["host_share"] is not None and step["host_share"] > 0.9:
+        return (
+            f"Launching limits: the host is busy {step['host_share']:.0%} of a step with "
+            f"{step['launches']} launches; use --engine graph or a larger batch."
+        )
+    if step["flop_share"] >= step["byte_share_estimate"]:
+        return (
+            f"Arithmetic limits: {step['flop_share']:.0%} of a matrix product's FLOP/s are "
+            "reached; a lower precision or a smaller network is what is left."
+        )
+    return (
+        f"Memory traffic limits: about {step['byte_share_estimate']:.0%} of a copy's bytes/s are "
+        f"reached and {step['flop_share']:.0%} of a matrix product's FLOP/s; "
+        + (
+            "compile the networks (--engine compile), which fuses the element-wise passes."
+            if step["settings"]["engine"] == "eager"
+            else "fewer passes over activations would be faster, more arithmetic would not."
+        )
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table, the verdict and the sentence."""
+    print(f"{result['device']}, {result['ranks']} rank(s), torch {result['versions']['torch']}")
+    for mode, row in result["modes"].items():
+        if mode in ("optim", "peers"):
+            print(f"\n{mode}")
+            for name, one in row.items():
+                print(f"  {name:34}{one['text']}")
+            continue
+        low, middle, high = row["images_per_second_per_gpu"]
+        facts = [f"{middle:.1f} ({low:.1f}-{high:.1f}) images/s per GPU"]
+        facts.append(f"{row['images_per_second']:.1f} in all")
+        facts.append("{1:.1f} ({0:.1f}-{2:.1f}) ms a step".format(*row["step_ms"]))
+        for name, unit in (
+            ("wait_share", "waiting for data"),
+            ("flop_share", "of a matrix product's FLOP/s"),
+            ("byte_share_estimate", "of a copy's bytes/s (estimate)"),
+        ):
+            if name in row:
+                facts.append(f"{row[name]:.1%} {unit}")
+        for name, unit in (
+            ("forwards_per_second", "forwards/s"),
+            ("launches", "launches a step"),
+            ("host_waits", "waits of the host a step"),
+            ("peak_gb", "GiB at most"),
+            ("mb_per_image", "MiB an image"),
+            ("compile_seconds", "s to compile"),
+        ):
+            if row.get(name) is not None:
+                facts.append(f"{row[name]:g} {unit}")
+        print(f"\n{mode}\n  " + "\n  ".join(facts))
+    print("\n" + "\n".join(result["verdict"]))
+    print(result["bottleneck"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: 0, 2 for wrong usage, 4 if the data cannot be used."""
+    options = arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        world = distributed.start(options.device)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = run(options, world, Path(scratch))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
+    finally:
+        distributed.stop()
+    if world.is_main:
+        show(result)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        if options.chart:
+            options.chart.parent.mkdir(parents=True, exist_ok=True)
+            options.chart.write_text(chart_fps.draw(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

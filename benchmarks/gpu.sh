@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Everything a GPU can tell in under nine minutes: benchmarks/gpu.sh OUT
+#
+# Needs PyTorch, torchvision, Triton, numpy and pytest, and no network. What else is installed is
+# used (simplejpeg, DALI, FFCV, lightly, byol-pytorch, apex), what is not is named and left out. Each part
+# writes its JSON and its output into OUT; a part that fails or runs out of time does not stop the
+# others. Exit status 1 if a part failed. PYTHON=… names the interpreter, DATA=… a folder of images,
+# BUDGET=… the seconds for everything.
+set -uo pipefail
+if (($# != 1)); then
+    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    exit 2
+fi
+mkdir -p "$1"
+OUT=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+PY=${PYTHON:-python}
+BUDGET=${BUDGET:-530}
+data=()
+[[ -n ${DATA:-} ]] && data=(--data "$DATA")
+failed=()
+
+part() { # $1: name, $2: most seconds, then the command
+    local name=$1 limit=$2 left=$((BUDGET - SECONDS)) started=$SECONDS status
+    shift 2
+    if ((left < 15)); then
+        echo "$name: left out, the time is over"
+        failed+=("$name")
+        return
+    fi
+    ((limit < left)) || limit=$left
+    timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    status=$?
+    echo "$name: exit $status after $((SECONDS - started)) s"
+    tail -n 12 "$OUT/$name.log" | sed 's/^/    /'
+    ((status == 0)) || failed+=("$name")
+}
+
+if ! "$PY" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    echo "torch sees no GPU here"
+    exit 1
+fi
+for package in torchvision triton simplejpeg nvidia.dali ffcv lightly byol_pytorch amp_C; do
+    "$PY" -c "import $package" 2>/dev/null || echo "$package is not installed: what needs it is left out"
+done
+
+part step-256 110 "$PY" benchmarks/fps.py --mode step optim linear-eval --batch-size 256 \
+    --json "$OUT/step-256.json" --chart "$OUT/step-256.svg"
+part tests 110 "$PY" -m pytest -q -m gpu --junitxml="$OUT/tests.xml"
+part step-64 70 "$PY" benchmarks/fps.py --mode step --batch-size 64 --engine graph \
+    --json "$OUT/step-64.json"
+part augment 40 "$PY" benchmarks/augment.py --json "$OUT/augment.json"
+part loader 60 "$PY" benchmarks/loader.py --device cuda --threads "$(nproc)" --batch-size 256 \
+    --images 1024 --seconds 20 "${data[@]}" --json "$OUT/loader.json"
+part e2e 80 "$PY" benchmarks/fps.py --mode step e2e "${data[@]}" --json "$OUT/e2e.json"
+part ablation 110 "$PY" benchmarks/ablation.py --json "$OUT/ablation.json"
+part peers 120 "$PY" benchmarks/peers.py --json "$OUT/peers.json"
+part step-512 80 "$PY" benchmarks/fps.py --mode step --batch-size 512 --json "$OUT/step-512.json"
+
+if ((${#failed[@]})); then
+    echo "failed or left out: ${failed[*]}"
+    exit 1
+fi

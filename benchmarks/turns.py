@@ -64,6 +64,16 @@ class Turner:
             torch.cuda.synchronize(self.device)
 
 
+def rest(most: float = 20.0) -> None:
+    """Waits until this process does nothing more: a loader that works ahead goes on for seconds
+    after its turn, at the cost of the rows that follow."""
+    until = time.perf_counter() + most
+    before = -1.0
+    while (now := processor_seconds()) - before > 0.02 and time.perf_counter() < until:
+        before = now
+        time.sleep(0.2)
+
+
 def serve(pipe: Any, row: Row, work: Work) -> None:
     """A row's process: a turn for each message, until None."""
     turner = None
@@ -75,7 +85,9 @@ def serve(pipe: Any, row: Row, work: Work) -> None:
             return
         pipe.send({"ready": True})
         while pipe.recv() is not None:
-            pipe.send({"turn": turner.turn()})
+            turn = turner.turn()
+            rest()
+            pipe.send({"turn": turn})
     except Exception as error:
         traceback.print_exc()
         pipe.send({"failed": f"{type(error).__name__}: {error}"})

@@ -16,6 +16,16 @@ import torch
 from support import ROOT, TINY, make_folder
 
 from byol_fast import checkpoint, metrics
+from pipelines.sources import dali_available, ffcv_available
+
+NO_DALI = pytest.mark.skipif(not dali_available(), reason="NVIDIA DALI is not installed")
+NO_FFCV = pytest.mark.skipif(not ffcv_available(), reason="FFCV is not installed")
+
+
+@pytest.fixture(scope="module")
+def losses() -> dict[str, list[float]]:
+    """What each backend's run lost; torch's comes first."""
+    return {}
 
 
 def finished(run: subprocess.CompletedProcess[str]) -> None:
@@ -235,6 +245,31 @@ def test_unlabelled_images_train(pretrain, tmp_path: Path) -> None:
     assert "no labels" in run.stderr
     assert "knn_trained" not in json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "torch",
+        pytest.param("dali", marks=[pytest.mark.dali, NO_DALI]),
+        pytest.param("ffcv", marks=[pytest.mark.ffcv, NO_FFCV]),
+    ],
+)
+def test_every_backend_trains_from_one_beton(
+    backend: str, pretrain, folder: Path, tmp_path: Path, losses: dict[str, list[float]]
+) -> None:
+    beton, out = tmp_path / "train.beton", tmp_path / "run"
+    command = [sys.executable, "-m", "pipelines.convert", str(folder), str(beton)]
+    subprocess.run(command, check=True, capture_output=True)
+    short = ["--max-steps", "4", "--log-every", "1", "--eval-every", "0"]
+    run = pretrain(["--data", beton, "--out", out, *TINY, *short, "--backend", backend])
+    finished(run)
+    assert f"cut by the {backend} backend" in run.stderr
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses[backend] = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses[backend]) == 4
+    # The same rows and windows; pixels that differ by a level or so.
+    assert losses[backend] == pytest.approx(losses["torch"], rel=0.05)
 
 
 def mistake(name: str, folder: Path, whole: Path, tmp_path: Path) -> tuple[list[str], int, str]:

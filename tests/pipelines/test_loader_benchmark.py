@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -385,3 +386,17 @@ def test_it_runs_as_a_script(folder: Path, tmp_path: Path) -> None:
     assert "torch crops, folder, 1 thread / pil crops" in done.stdout
     assert "estimate, not measured" in done.stdout
     assert "torch crops" in picture.read_text()
+
+
+def test_a_row_that_works_ahead_is_waited_for() -> None:
+    done = threading.Event()
+
+    def work() -> None:
+        until = time.perf_counter() + 0.7
+        while time.perf_counter() < until:
+            sum(range(1000))
+        done.set()
+
+    threading.Thread(target=work).start()
+    turns.rest()
+    assert done.is_set()

@@ -22,6 +22,7 @@ from byol_fast.recipes import Resolved
 from byol_fast.runfolder import RunFolder
 from byol_fast.step import AUTOCAST
 from byol_fast.trainer import RunPlan, Trainer
+from pipelines.errors import DataError
 from pipelines.pipeline import ViewPipeline, build
 from pipelines.stores import Store
 
@@ -168,13 +169,20 @@ def _evaluation(
     probe = OnlineProbe(model.feature_dim, len(store.classes), world.device)
     if not world.is_main:
         return None, probe
-    evaluation = OnlineEvaluation(
-        store,
-        eval_store,
-        spec=configuration.spec(config),
-        device=world.device,
-        threads=config.input.threads,
-    )
+    try:
+        evaluation = OnlineEvaluation(
+            store,
+            eval_store,
+            spec=configuration.spec(config),
+            device=world.device,
+            threads=config.input.threads,
+        )
+    except DataError as error:
+        if eval_store is not None:
+            raise
+        # Measuring is no reason not to train.
+        log.warning("training without kNN accuracy (--monitor.eval-data DIR): %s", error)
+        return None, probe
     log.info("kNN and probe accuracy are measured on %s", evaluation.source)
     return evaluation, probe
 

@@ -247,6 +247,14 @@ def test_unlabelled_images_train(pretrain, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_one_image_a_class_trains_without_knn(pretrain, tmp_path: Path) -> None:
+    data = make_folder(tmp_path / "data", images=32, classes=32)
+    run = pretrain(["--data", data, "--out", tmp_path / "run", *TINY, "--max-steps", "2"])
+    finished(run)
+    assert "without kNN accuracy" in run.stderr
+    assert "knn" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     "backend",
     [

@@ -10,9 +10,12 @@ views through BatchNorm as one batch and adds its simplicial embedding by defaul
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,10 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks import hardware
+from benchmarks.conditions import conditions
 from benchmarks.hardware import percentiles
 from benchmarks.stepping import StepBench, StepSettings
+from byol_fast import distributed
 from byol_fast.distributed import World
 from byol_fast.step import AUTOCAST
 
@@ -177,11 +182,35 @@ def _torchvision(name: str) -> tuple[nn.Module, int]:
     return net, width
 
 
-def main() -> int:
-    """fps.py with this mode alone."""
-    from benchmarks import fps
-
-    return fps.main(["--mode", "peers", *sys.argv[1:]])
+def main(argv: list[str] | None = None) -> int:
+    """The command: 0, or 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    world = distributed.start(options.device)
+    if world.device.type == "cuda":
+        settings, steps, warm_up = StepSettings(batch=options.batch_size or 256), 50, 20
+    else:
+        batch = options.batch_size or 16
+        settings = StepSettings("resnet18", 32, batch, precision="fp32", engine="eager")
+        steps, warm_up = 5, 1
+    rows = measure(settings, world, steps=options.steps or steps, warm_up=warm_up)
+    result = {
+        **conditions("peers", ["python", "benchmarks/peers.py", *argv], world.device),
+        "settings": asdict(settings),
+        "rows": rows,
+    }
+    for name, row in rows.items():
+        print(f"{name:36}{row['text']}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    distributed.stop()
+    return 0
 
 
 if __name__ == "__main__":

@@ -85,8 +85,9 @@ def decode_top(data: bytes, rows: int) -> tuple[npt.NDArray[np.uint8], int]:
     """
     frame = _jpeg_frame(data)
     if frame is not None and (frame.plain or frame.rgb):
-        # One block more than asked for: smooth chroma upsampling looks one row down.
-        enough = (-(-rows // frame.block) + 1) * frame.block
+        # Smooth upsampling of chroma that has half of the rows looks one row further down.
+        seen = rows + 1 if frame.block > 8 else rows
+        enough = -(-seen // frame.block) * frame.block
         if frame.one_scan and enough < frame.height:
             return _turbo_top(data, frame, enough), frame.height
         return _turbo(data, "rgb"), frame.height

@@ -289,8 +289,10 @@ def test_a_worker_that_fails_ends_the_command(tmp_path: Path) -> None:
 def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     folder, out = make_folder(tmp_path / "data", 48), tmp_path / "a.beton"
     code = (
-        "import sys, time; from pipelines.conversion import runner as conversion\n"
+        "import signal, sys, time; from pipelines.conversion import runner as conversion\n"
         "from pipelines.convert import main\n"
+        # a shell that starts the tests in the background has it ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Slow(conversion.Storage):\n"
         "    def __call__(self, image):\n"
         "        time.sleep(0.02 if BEGUN else 0); return super().__call__(image)\n"

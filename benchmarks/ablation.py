@@ -10,7 +10,6 @@ as compiling each would take minutes. Predictions were written down before anyth
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a chec
 import numpy as np
 
 from benchmarks import hardware
-from benchmarks.conditions import conditions
+from benchmarks.conditions import as_json, conditions, write
 from benchmarks.hardware import percentiles
 from benchmarks.stepping import StepBench, StepSettings
 from byol_fast import distributed
@@ -127,9 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             measured = f"left out: {row['left_out'][:60]}"
         print(f"{name:34}{measured:26} predicted {row['predicted']}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.json, as_json(result))
     distributed.stop()
     return 0
 

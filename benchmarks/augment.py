@@ -15,7 +15,6 @@ the same run. Without a GPU there are no kernels, all runs small, and the figure
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from benchmarks import hardware
-from benchmarks.conditions import conditions
+from benchmarks.conditions import as_json, conditions, write
 from pipelines.augment import reference
 from pipelines.plan import EpochPlan
 from pipelines.spec import JITTER_ORDERS, AugmentSpec, Colour, Semantics
@@ -218,9 +217,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     command = ["python", "benchmarks/augment.py", *argv]
     result = {**conditions("augment", command, options.device), **measure(options)}
     show(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.json, as_json(result))
     return result
 
 

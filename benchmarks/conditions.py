@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -46,6 +47,18 @@ def conditions(mode: str, command: list[str], device: torch.device) -> dict[str,
         "load_average": os.getloadavg()[0],
         "versions": versions,
     }
+
+
+def write(path: Path | None, text: str) -> None:
+    """A result or a picture, where one was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """A result as the files in `results/` hold it."""
+    return json.dumps(result, indent=1) + "\n"
 
 
 def _cpu() -> str:

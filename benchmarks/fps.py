@@ -16,7 +16,6 @@ small, to show that it runs; such figures say nothing about a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a chec
 import torch
 
 from benchmarks import chart_fps, hardware, optimizers, stepping
-from benchmarks.conditions import conditions
+from benchmarks.conditions import as_json, conditions, write
 from benchmarks.stepping import FORWARDS_OF_AN_IMAGE, StepSettings
 from byol_fast import distributed
 from byol_fast.distributed import World
@@ -244,12 +243,9 @@ def main(argv: list[str] | None = None) -> int:
         distributed.stop()
     if world.is_main:
         show(result)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, as_json(result))
         if options.chart:
-            options.chart.parent.mkdir(parents=True, exist_ok=True)
-            options.chart.write_text(chart_fps.draw(result))
+            write(options.chart, chart_fps.draw(result))
     return 0
 
 

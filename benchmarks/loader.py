@@ -26,7 +26,6 @@ after the rounds it has had.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
@@ -39,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a chec
 import torch
 
 from benchmarks import chart
-from benchmarks.conditions import conditions
+from benchmarks.conditions import as_json, conditions, write
 from benchmarks.figures import show, summarise
 from benchmarks.make_data import STORES, generate, make_stores
 from benchmarks.rows import Work, all_rows
@@ -136,12 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 4
     show(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.json, as_json(result))
     if options.chart:
-        options.chart.parent.mkdir(parents=True, exist_ok=True)
-        options.chart.write_text(chart.draw(result))
+        write(options.chart, chart.draw(result))
     return 1 if result["failed"] else 0
 
 

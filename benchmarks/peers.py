@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,7 +26,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks import hardware
-from benchmarks.conditions import conditions
+from benchmarks.conditions import as_json, conditions, write
 from benchmarks.hardware import percentiles
 from benchmarks.stepping import StepBench, StepSettings
 from byol_fast import distributed
@@ -206,9 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, row in rows.items():
         print(f"{name:36}{row['text']}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.json, as_json(result))
     distributed.stop()
     return 0
 

@@ -8,10 +8,12 @@ the package of that name on PyPI is an unrelated project.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from byol_fast.lars_updates import Norm
 
 try:
     import amp_C
@@ -29,7 +31,7 @@ def update(
     grads: list[Tensor],
     buffers: list[Tensor],
     group: dict[str, Any],
-    norm: Literal["update", "sum"],
+    norm: Norm,
     lr_in_momentum: bool,
 ) -> None:
     """One LARS step of a parameter group, in place; see `optim.LARS`.

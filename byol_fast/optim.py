@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from byol_fast import lars_updates
+from byol_fast.lars_updates import Norm
+
 if TYPE_CHECKING:
     from byol_fast.fused_update import FusedGroup
 
 Impl = Literal["auto", "reference", "foreach", "fused", "apex"]
-Norm = Literal["update", "sum"]
-_Tensors = list[Tensor] | tuple[Tensor, ...]
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -90,9 +91,9 @@ class LARS(torch.optim.Optimizer):
 
                 self._update = update
             case "foreach":
-                self._update = _foreach
+                self._update = lars_updates.foreach
             case _:
-                self._update = _reference
+                self._update = lars_updates.reference
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -186,76 +187,6 @@ def _fused_groups(params: list[Tensor], groups: int) -> list[FusedGroup]:
     if reason := misfit(params):
         raise ValueError(f"impl='fused' cannot take these parameters: {reason}; use 'foreach'")
     return [FusedGroup() for _ in range(groups)]
-
-
-def _reference(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    group: dict[str, Any],
-    norm: Norm,
-    lr_in_momentum: bool,
-) -> None:
-    wd, lr = group["weight_decay"], group["lr"]
-    for p, g, m in zip(params, grads, buffers, strict=True):
-        u = g + wd * p
-        if group["adapt"]:
-            size = p.norm()
-            over = u.norm() if norm == "update" else g.norm()
-            if size > 0 and over > 0:
-                if norm == "sum":
-                    over = over + wd * size + 1e-8
-                u = u * (group["eta"] * size / over)
-        m.mul_(group["momentum"]).add_(lr * u if lr_in_momentum else u)
-        p.sub_(m if lr_in_momentum else lr * m)
-
-
-def _foreach(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    group: dict[str, Any],
-    norm: Norm,
-    lr_in_momentum: bool,
-) -> None:
-    wd, lr = group["weight_decay"], group["lr"]
-    u: _Tensors = torch._foreach_add(grads, params, alpha=wd) if wd else grads
-    torch._foreach_mul_(buffers, group["momentum"])
-    if group["adapt"]:
-        ratio = _trust_ratios(params, grads, u, group["eta"], wd, norm)  # [tensors]
-        if lr_in_momentum:
-            ratio = ratio * lr
-        # Ratio and sum in one pass: the scaled update is never written.
-        torch._foreach_addcmul_(buffers, u, ratio.unbind())
-    elif not lr_in_momentum:
-        torch._foreach_add_(buffers, u)
-    elif isinstance(lr, Tensor):
-        torch._foreach_add_(buffers, torch._foreach_mul(u, lr))
-    else:
-        torch._foreach_add_(buffers, u, alpha=lr)
-    if lr_in_momentum:
-        torch._foreach_sub_(params, buffers)
-    elif isinstance(lr, Tensor):
-        torch._foreach_sub_(params, torch._foreach_mul(buffers, lr))
-    else:
-        torch._foreach_add_(params, buffers, alpha=-lr)
-
-
-def _trust_ratios(
-    params: list[Tensor],
-    grads: list[Tensor],
-    u: _Tensors,
-    eta: float,
-    wd: float,
-    norm: Norm,
-) -> Tensor:
-    """[tensors] eta·‖p‖/‖u‖, 1 where a norm is 0: branch-free, so nothing waits for the device."""
-    size = torch.stack(torch._foreach_norm(params))
-    over = torch.stack(torch._foreach_norm(u if norm == "update" else grads))
-    live = (size > 0) & (over > 0)
-    if norm == "sum":
-        over = over + wd * size + 1e-8
-    return torch.where(live, eta * size / over, 1.0)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, value: float) -> None:

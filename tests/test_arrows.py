@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p for package in ("byol_fast", "pipelines") for p in (ROOT / package).rglob("*.py"))
-METHOD = ["model", "step", "optim", "norm", "loss", "schedules"]
+METHOD = [
+    *("model", "step", "optim", "norm", "loss", "schedules", "compiled", "graphed"),
+    *("lars_updates", "fused_update", "apex_update"),
+]
 LIGHT = ["config", "recipes", "cli", "flags", "arguments", "errors", "_version"]
 
 # Packages that an installation may lack, and the files that exist to use them.

@@ -89,6 +89,7 @@ def test_a_replay_waits_for_nothing() -> None:
             step(x, lr=lr, decay=decay)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert step._graph is not None  # a wait in a replay would have raised above
 
 
 @pytest.mark.gpu

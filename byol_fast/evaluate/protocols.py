@@ -1,4 +1,4 @@
-"""The recipes of linear evaluation, and the figures published for BYOL with a ResNet-50."""
+"""The recipes of linear evaluation."""
 
 from __future__ import annotations
 
@@ -53,25 +53,3 @@ MMPRETRAIN = Protocol(
     semantics="torchvision",
 )
 QUICK = Protocol(name="quick", optimizer="sgd", epochs=20, batch_size=256, base_lr=0.1, cached=True)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A top-1 figure in percent: ImageNet-1k validation, BYOL, ResNet-50."""
-
-    top1: float
-    epochs: int  # of pretraining
-    by: str
-
-
-LINEAR = {
-    "paper": Published(74.3, 1000, "BYOL paper, table 1"),
-    "mmpretrain": Published(71.80, 200, "mmpretrain"),
-}
-KNN_TEMPERATURE = 0.07
-KNN = {  # k -> figure, at that temperature
-    10: Published(63.9, 200, "mmpretrain"),
-    20: Published(64.2, 200, "mmpretrain"),
-    100: Published(62.9, 200, "mmpretrain"),
-    200: Published(61.9, 200, "mmpretrain"),
-}

@@ -1,48 +1,65 @@
-"""The one table the command prints: what was measured, and beside it what was published."""
+"""The one table the commands print: what was measured, and beside it what was published."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from byol_fast.evaluate.protocols import Published
-
-_HEAD = ("protocol", "weights", "data", "top-1 %", "top-5 %", "images/s", "published *")
+from byol_fast.evaluate.published import Published
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement; accuracies are shares of 1."""
+    """One measurement."""
 
     protocol: str
-    top1: float
-    top5: float | None = None
-    images_per_second: float
+    figures: dict[str, float]  # by the metric's name, shares of 1, the most important one first
+    images_per_second: float | None = None
     published: Published | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a result file."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Row:
+        """The inverse of `as_dict`."""
+        figure = values["published"]
+        return Row(**{**values, "published": Published(**figure) if figure else None})
 
 
 def render(rows: list[Row], *, weights: str, data: str) -> str:
-    """The table as text, with a foot that says what the published figures are of."""
+    """The rows of one network on one data set as a table."""
+    return render_all([(row, weights, data) for row in rows])
+
+
+def render_all(lines: list[tuple[Row, str, str]]) -> str:
+    """A table of `(row, weights, data)`, with a foot that says what the published figures are of.
+
+    A metric has a column if any row has it.
+    """
+    metrics = list(dict.fromkeys(name for row, _, _ in lines for name in row.figures))
+    head = ("protocol", "weights", "data", *(f"{m} %" for m in metrics), "images/s", "published *")
     body = [
         (
             row.protocol,
             _tail(weights),
             _tail(data),
-            percent(row.top1),
-            "–" if row.top5 is None else percent(row.top5),
-            f"{row.images_per_second:,.0f}",
+            *(percent(row.figures[m]) if m in row.figures else "–" for m in metrics),
+            "–" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
             "–" if row.published is None else _published(row.published),
         )
-        for row in rows
+        for row, weights, data in lines
     ]
-    widths = [max(len(line[column]) for line in (_HEAD, *body)) for column in range(len(_HEAD))]
-    lines = [_line(_HEAD, widths), _line(tuple("─" * w for w in widths), widths)]
-    lines += [_line(line, widths) for line in body]
-    if any(row.published for row in rows):
-        lines.append(
-            "* top-1 of BYOL with a ResNet-50 on ImageNet-1k, pretrained for the epochs given: a "
-            "yardstick for that data alone"
+    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
+    text = [_line(head, widths), _line(tuple("─" * w for w in widths), widths)]
+    text += [_line(line, widths) for line in body]
+    if any(row.published for row, _, _ in lines):
+        text.append(
+            "* BYOL with a ResNet-50 pretrained on ImageNet-1k for the epochs given, on the data "
+            "named (ImageNet-1k unless said): a yardstick for that data alone"
         )
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
 def percent(share: float) -> str:
@@ -51,7 +68,8 @@ def percent(share: float) -> str:
 
 
 def _published(figure: Published) -> str:
-    return f"{figure.top1:g} ({figure.by}, {figure.epochs} epochs)"
+    on = "" if figure.on == "ImageNet-1k" else f" on {figure.on}"
+    return f"{figure.metric} {figure.value:g}{on} ({figure.by}, {figure.epochs} epochs)"
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

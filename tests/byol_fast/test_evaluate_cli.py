@@ -15,7 +15,7 @@ from byol_fast import checkpoint, export
 from byol_fast.backbone import build_backbone
 from byol_fast.errors import Exit
 from byol_fast.evaluate.__main__ import main
-from byol_fast.evaluate.protocols import Published
+from byol_fast.evaluate.published import Published
 from byol_fast.evaluate.table import Row, render
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
@@ -79,9 +79,9 @@ def test_knn_prints_a_table_and_writes_the_result(weights, data, capsys):
     out = capsys.readouterr().out
     lines = {line.split("k=")[1].split()[0]: line for line in out.splitlines() if "k=" in line}
     assert list(lines) == ["10", "20", "100", "200"]
-    assert "64.2 (mmpretrain, 200 epochs)" in lines["20"] and "63.9" in lines["10"]
+    assert "top-1 64.2 (mmpretrain, 200 epochs)" in lines["20"] and "63.9" in lines["10"]
     assert "all 48 there are" in lines["100"] and "62.9" not in lines["100"]
-    assert "ResNet-50 on ImageNet-1k" in out
+    assert "ResNet-50 pretrained on ImageNet-1k" in out
     assert "tested on 12 images, a held-out 20% of --data" in out
     result = result_of(weights)
     assert result["weights"]["sha256"] == checkpoint.file_hash(weights)
@@ -107,7 +107,7 @@ def test_linear_with_a_test_folder_of_other_numbering(weights, data, held_out, c
     assert run("linear", *words, *changes) == Exit.DONE
     text, result = capsys.readouterr().out, json.loads(out.read_text())
     assert "linear, paper with epochs 6, batch 30, base lr 4" in text
-    assert "74.3 (BYOL paper, table 1, 1000 epochs)" in text
+    assert "top-1 74.3 (BYOL paper, table 1, 1000 epochs)" in text
     assert "best of five rates" in text and "tested on the 12 images of the test set" in text
     assert result["top1"] == 1.0 and result["top5"] == 1.0
     assert result["published_protocol"] is False
@@ -130,7 +130,7 @@ def test_mmpretrain_shows_its_own_figure(weights, data, capsys):
     changes = ("--protocol", "mmpretrain", "--epochs", 1, "--batch-size", 24)
     assert run("linear", "--weights", weights, "--data", data, *changes) == Exit.DONE
     text = capsys.readouterr().out
-    assert "71.8 (mmpretrain, 200 epochs)" in text and "lars, 1 epochs, lr" in text
+    assert "top-1 71.8 (mmpretrain, 200 epochs)" in text and "lars, 1 epochs, lr" in text
     assert "best of five" not in text
 
 
@@ -198,11 +198,9 @@ def test_images_that_vanish_are_counted(weights, tmp_path, capsys):
 
 
 def test_as_a_module_it_answers_help_without_torch():
-    code = (
-        "import sys, byol_fast.evaluate.__main__ as m; m._parser(); print('torch' in sys.modules)"
-    )
+    code = "import sys, byol_fast.evaluate.__main__ as m; m.main(['--help']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "False"
+    assert out.stdout.split()[-1] == "False" and "knn" in out.stdout
     asked = [sys.executable, "-m", "byol_fast.evaluate", "linear", "--help"]
     out = subprocess.run(asked, capture_output=True, text=True, check=True)
     assert "--quick" in out.stdout and "no protocol" in out.stdout
@@ -210,10 +208,43 @@ def test_as_a_module_it_answers_help_without_torch():
 
 def test_the_table_lines_up():
     rows = [
-        Row(protocol="a", top1=0.5, images_per_second=1234.5),
-        Row(protocol="longer", top1=1, top5=1, images_per_second=9, published=Published(7, 1, "x")),
+        Row(protocol="a", figures={"top-1": 0.5}, images_per_second=1234.5),
+        Row(
+            protocol="longer",
+            figures={"top-1": 1, "top-5": 1},
+            images_per_second=9,
+            published=Published(7, 1, "x"),
+        ),
     ]
     lines = render(rows, weights="/very/long/way/to/w.pth", data="/d").splitlines()
     assert lines[0].index("top-1 %") == lines[2].index("50.00") == lines[3].index("100.00")
     assert "long/way/to/w.pth" not in lines[2] and "way/to/w.pth" in lines[2]
-    assert lines[2].split()[-1] == "–" and "7 (x, 1 epochs)" in lines[3] and len(lines) == 5
+    assert lines[2].split()[-1] == "–" and "top-1 7 (x, 1 epochs)" in lines[3] and len(lines) == 5
+
+
+def test_results_come_back_as_one_table(weights, data, capsys):
+    words = ("--weights", weights, "--data", data)
+    assert run("knn", *words, "--k", 5, 20) == Exit.DONE
+    assert run("linear", "--quick", *words) == Exit.DONE
+    (weights.parent / "other.json").write_text("{}")
+    capsys.readouterr()
+    assert main(["table", str(weights.parent)]) == Exit.DONE
+    out = capsys.readouterr().out
+    assert "k=5" in out and "k=20" in out and "quick" in out and "top-5 %" in out
+    assert "64.2 (mmpretrain, 200 epochs)" in out and out.count("/train") == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), ("{}", "no rows"), ("[", "no result")]
+)
+def test_a_file_that_is_no_result_is_named(tmp_path, capsys, content, message):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["table", str(path)]) == Exit.USAGE
+    assert message in (error := capsys.readouterr().err) and "x.json" in error
+
+
+def test_an_unknown_task_gets_the_nearest(capsys):
+    assert main(["lineal"]) == Exit.USAGE
+    assert "linear" in capsys.readouterr().err

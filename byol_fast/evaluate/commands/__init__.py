@@ -1,0 +1,1 @@
+"""The tasks of `python -m byol_fast.evaluate`, a module each."""

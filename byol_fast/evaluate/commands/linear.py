@@ -1,0 +1,89 @@
+"""Accuracy of a linear classifier on the frozen network, by a published recipe."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+
+from byol_fast.evaluate import protocols, published, record
+from byol_fast.evaluate.commands import common
+from byol_fast.evaluate.table import Row
+
+QUICK_LABEL = "quick (cached centre crops, not a published protocol)"
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    common.weights_flags(parser)
+    common.data_flags(parser)
+    add = parser.add_argument
+    add("--protocol", choices=["paper", "mmpretrain"], default="paper", help="the recipe")
+    add("--quick", action="store_true", help="a check on cached centre crops; no protocol")
+    add("--epochs", type=int, help="instead of the protocol's")
+    add("--batch-size", type=int, help="instead of the protocol's; the lr follows it")
+    add("--base-lr", type=float, help="per 256 images, instead of the protocol's")
+    add("--seed", type=int, default=0, help="of order, crops and first weights")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises as `common.open_network`, `data.prepare` and `linear.fit`."""
+    protocol = _protocol(args)  # complain before reading data
+    from byol_fast.evaluate import head, linear
+
+    network = common.open_network(args)
+    labelled = common.open_labelled(args)
+    name = f"linear-{'quick' if args.quick else args.protocol}"
+    where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
+    outcome = linear.fit(
+        network.backbone,
+        labelled.train,
+        labelled.test,
+        protocol=protocol,
+        seed=args.seed,
+        **network.reading,
+    )
+    head_path = where.with_name(where.name.removesuffix(".json") + ".head.safetensors")
+    head.save(outcome.head, head_path, classes=labelled.classes)
+    changed = _changes(args)
+    row = Row(
+        protocol=QUICK_LABEL if protocol.cached else f"linear, {protocol.name}{changed}",
+        figures={"top-1": outcome.top1, "top-5": outcome.top5},
+        images_per_second=outcome.images_per_second,
+        published=published.LINEAR.get(protocol.name),
+    )
+    result = {
+        "protocol": {**asdict(outcome.protocol), "peak_lr": outcome.protocol.peak_lr},
+        "published_protocol": not (protocol.cached or changed),
+        "arithmetic": outcome.protocol.arithmetic(),
+        "top1": outcome.top1,
+        "top5": outcome.top5,
+        "final_loss": outcome.final_loss,
+        "images_per_second": outcome.images_per_second,
+        "images": {"train": len(labelled.train), "test": outcome.test_images},
+        "undecodable": outcome.bad_images,
+        "head": str(head_path),
+    }
+    notes = [
+        f"tested on {labelled.source}",
+        *common.left_out(outcome.bad_images),
+        f"classifier: {result['arithmetic']}; saved as {head_path}",
+    ]
+    if protocol.name == "paper":
+        notes.append(
+            "the paper takes the best of five rates (base lr .05 to .4); this is one of them"
+        )
+    common.finish(args, where, record.provenance(args, network, labelled), result, [row], notes)
+
+
+def _protocol(args: argparse.Namespace) -> protocols.Protocol:
+    """The recipe with what the command line changes in it."""
+    named = {"paper": protocols.PAPER, "mmpretrain": protocols.MMPRETRAIN}
+    base = protocols.QUICK if args.quick else named[args.protocol]
+    asked = {"epochs": args.epochs, "batch_size": args.batch_size, "base_lr": args.base_lr}
+    return replace(base, **{key: value for key, value in asked.items() if value is not None})
+
+
+def _changes(args: argparse.Namespace) -> str:
+    asked = {"epochs": args.epochs, "batch": args.batch_size, "base lr": args.base_lr}
+    changed = [f"{key} {value:g}" for key, value in asked.items() if value is not None]
+    return f" with {', '.join(changed)}" if changed else ""

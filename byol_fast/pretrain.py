@@ -108,14 +108,18 @@ def _open_data(config: Config, world: World) -> tuple[Store, Store | None]:
     if message := world.share(error):
         raise DataError(message)
     train, evaluation = stores or open_both()
-    _refuse_other_images(train, config, world)
+    refuse_other_images(train, config, world)
     if world.is_main:
         _tell_quarantined(train)
     return train, evaluation
 
 
-def _refuse_other_images(store: Store, config: Config, world: World) -> None:
-    """Row 7 has to be the same image on every rank: a machine with an older copy is found here."""
+def refuse_other_images(store: Store, config: Config, world: World) -> None:
+    """Row 7 has to be the same image on every rank: a machine with an older copy is found here.
+
+    Raises:
+        DataError: on every rank, if one has other images than rank 0.
+    """
     from pipelines.errors import DataError
 
     images, fingerprint = world.share((len(store), store.fingerprint))

@@ -48,6 +48,7 @@ def test_the_watch_sees_what_leaves(tmp_path: Path, code: str, packets: int, cal
         assert seen == {"packets": 0, "calls": []}
 
 
+@pytest.mark.slow
 def test_pretraining_and_evaluation_open_no_connection(tmp_path: Path) -> None:
     """The default tracker too, which is TensorBoard's files; and the import of every module."""
     folder, out = make_folder(tmp_path / "images", images=32), tmp_path / "run"

@@ -56,7 +56,9 @@ def to_group_norm(module: nn.Module, groups: int = GROUPS) -> nn.Module:
     made: dict[nn.Module, nn.Module] = {}  # a layer used in two places stays one layer
     for parent in list(module.modules()):
         before = set(_before_a_norm(parent))
-        for name, child in list(parent.named_children()):
+        for name, child in parent._modules.items():  # named_children() names a shared layer once
+            if child is None:
+                continue
             if child not in made and (new := _replacement(child, child in before, groups)):
                 made[child] = new
             if child in made:

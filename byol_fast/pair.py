@@ -7,10 +7,12 @@ in docs/library.md; the main thing is that `updateTargetNetwork` updates the tar
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ class BYOL(nn.Module):
     closedFormPredicator: instead of a trained predictor the ridge regression that best predicts
         the target's projections from the online ones, solved anew for every pair of batches and
         over all ranks (see `closed_form`). One for both directions, and a constant to the gradient.
+        The batch's views must be more than `output_size`, or they are fitted without error.
     EAvg: whether the target is a moving average of the online network, decay `t`; False is a
         stop-gradient (SimSiam), and `updateTargetNetwork` then has nothing to do.
     backend: a name of torchvision.models. pretrained: start from torchvision's ImageNet weights.
@@ -95,6 +98,7 @@ class BYOL(nn.Module):
         if self.predictor is not None:
             online = self.predictor(online)
         else:
+            _warn_of_few_rows(*online.shape)
             wanted = target.unflatten(0, (2, -1)).flip(0).flatten(0, 1)  # the other view's
             online = online @ closed_form(online, wanted).to(online.dtype)
         return *_halves(online), *_halves(target)
@@ -130,6 +134,17 @@ def get_byol_transforms(
 def _halves(both: Tensor) -> tuple[Tensor, Tensor]:
     first, second = both.chunk(2)
     return first, second
+
+
+def _warn_of_few_rows(rows: int, dim: int) -> None:
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if rows * ranks <= dim:
+        warnings.warn(
+            f"closedFormPredicator: {rows * ranks} views in {dim} dimensions are predicted without "
+            f"error whatever they are, so nothing is learned: use a batch of more than {dim // 2} "
+            f"images, or an output_size well below {rows * ranks}",
+            stacklevel=3,
+        )
 
 
 def _published_weights(backend: str) -> dict[str, Tensor]:

@@ -95,6 +95,8 @@ def test_the_closed_form_predicts_the_other_view() -> None:
     (theirs,) = torch.autograd.grad(same, model.online.projector[-1].weight)
     torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
     model.updateTargetNetwork()  # nothing to do, and no error: the loop is the same
+    with pytest.warns(UserWarning, match="8 views in 8 dimensions"):
+        model(*views(4))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def sample_unlabelled_images(count: int = 16) -> torch.Tensor:  # [N, 3, H, W] i
     return torch.nn.functional.interpolate(torch.rand(count, 3, 4, 4), size=40, mode="bilinear")
 
 
-def pretrain(network: torch.nn.Module, hidden_layer: str | int, steps: int = 10) -> BYOL:
+def pretrain(network: torch.nn.Module, hidden_layer: str | int, steps: int = 6) -> BYOL:
     learner = BYOL(
         network,
         image_size=32,

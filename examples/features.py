@@ -32,7 +32,7 @@ def trained(folder: str) -> Path:
     learner = BYOL("resnet18", image_size=32, projection_size=64, projection_hidden_size=256)
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9)
     losses = []
-    for _ in range(10):
+    for _ in range(6):
         loss = learner(labelled_images(16)[0])
         optimizer.zero_grad()
         loss.backward()

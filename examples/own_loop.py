@@ -24,8 +24,8 @@ else:
     pixels = interpolate(torch.rand(64, 3, 4, 4), size=40, mode="bilinear")
     data = ArrayStore((pixels * 255).byte().permute(0, 2, 3, 1).numpy(), np.arange(64) % 4)
 
-# Two views as data: here SimCLR's, both alike.
-view = ViewSpec(saturation=0.4, blur=0.5, solarize=0.0)
+# Two views as data: here crops and mirror images, no more.
+view = ViewSpec(crop_area=(0.5, 1.0), jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
 spec = AugmentSpec(image_size=32, views=(view, view), semantics="torchvision")
 pipeline = pipelines.build(data, spec=spec, batch_size=16, seed=0, device="cpu")
 
@@ -40,7 +40,7 @@ network = torch.nn.Sequential(
 )
 optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
 losses = []
-for epoch in range(20):
+for epoch in range(10):
     for views in pipeline.epoch(epoch):  # views.x [2, B, 3, S, S], views.index, views.label
         first, second = (normalize(network(x), dim=1) for x in views.x)
         loss = cross_entropy(first @ second.T / 0.1, torch.arange(len(first)))

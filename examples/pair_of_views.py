@@ -15,7 +15,7 @@ from byol_fast.pair import BYOL, criterion, get_byol_transforms
 torch.manual_seed(0)
 device = torch.device("cpu")
 size, mean, std, lr = 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.05
-images = torch.nn.functional.interpolate(torch.rand(96, 3, 4, 4), size=40, mode="bilinear")
+images = torch.nn.functional.interpolate(torch.rand(64, 3, 4, 4), size=40, mode="bilinear")
 dataset = torch.utils.data.TensorDataset(images, torch.zeros(len(images)))
 train_loader = torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True, drop_last=True)
 

@@ -125,12 +125,15 @@ def _build_model(config: Config, world: World) -> BYOL:
     torch.manual_seed(config.seed)  # the same weights on every rank
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    given, sizes = config.model, (config.model.hidden_size, OUTPUT_SIZE)
     model = BYOL(
         config.backbone,
         config.model.hidden_layer,
         config.image_size,
-        projector=(config.model.hidden_size, OUTPUT_SIZE),
-        predictor=(config.model.hidden_size, OUTPUT_SIZE),
+        projector=sizes,
+        predictor=sizes if given.predictor == "mlp" else given.predictor,
+        norm=given.norm,
+        momentum=given.momentum,
         stem=config.model.stem,
         bn_sync=config.model.bn_sync and world.size > 1,
     )
@@ -145,6 +148,8 @@ def _build_networks(
     if config.run.engine == "graph":
         accumulate = config.input.accumulate
         reason = refusal(world.device, accumulate=accumulate, precision=plan.precision)
+        if not reason and config.model.predictor == "directpred":
+            reason = "DirectPred's eigenvalues make the host wait (--model.method)"
         if reason:
             raise ValueError(f"--run.engine graph: {reason}; use --run.engine auto")
     if config.run.engine == "eager" or (config.run.engine == "auto" and not on_gpu):

@@ -180,6 +180,7 @@ def build(
             stem=stem or "imagenet",  # type: ignore[arg-type]
             hidden_layer=layer,
             image_size=size,
+            norm=meta.get("norm", "batch"),
         )
     _fill(net, weights, type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone)
     return net.to(device).eval()

@@ -41,12 +41,13 @@ COMMON: dict[str, Any] = {
     "image_size": 224,
     "input.semantics": "deepmind",
     "input.crop_area_min": 0.08,
-    "input.blur": True,
-    "input.flip": 0.5,
+    "input.views": "byol",
+    "input.accumulate": 1,
     "optim.warmup_epochs": 10,
     "optim.variant": "paper",
     "model.stem": "imagenet",
     "model.hidden_size": 4096,
+    "run.precision": "auto",
     "monitor.eval_every": 10,
     "monitor.log_every": 50,
 }
@@ -64,15 +65,16 @@ _CIFAR = Recipe(
         "backbone": "resnet18",
         "image_size": 32,
         "input.semantics": "torchvision",
-        "input.blur": False,
+        "input.views": "no-blur",
         "optim.variant": "sgd",
         "model.stem": "cifar",
         "model.hidden_size": 1024,
     },
 )
 
-# OpenMixup's lr 4.8 at batch 4096 for 400 (ImageNet-100) and 1000 epochs (STL-10).
-_OPENMIXUP = Row(base_lr=0.3, weight_decay=1e-6, target_decay=0.99)
+# lr 4.8 at batch 4096: mmpretrain's for 200 epochs; OpenMixup's for 200, 300, 400 (ImageNet-100)
+# and 1000 (STL-10).
+_LR_4_8 = Row(base_lr=0.3, weight_decay=1e-6, target_decay=0.99)
 
 RECIPES: dict[str, Recipe] = {
     "imagenet": Recipe(
@@ -85,16 +87,40 @@ RECIPES: dict[str, Recipe] = {
             1000: Row(base_lr=0.2, weight_decay=1.5e-6, target_decay=0.996),
         },
     ),
+    "mmpretrain": Recipe(
+        source="mmpretrain, byol_resnet50_16xb256-coslr-200e_in1k",
+        rows={200: _LR_4_8},
+        values={
+            "epochs": 200,
+            "input.semantics": "torchvision",
+            "optim.variant": "mmpretrain",
+        },
+    ),
+    "openmixup": Recipe(
+        source="OpenMixup, r50_8xb64_accu8_cos",
+        rows={
+            100: Row(base_lr=0.45, weight_decay=1e-6, target_decay=0.99),
+            200: _LR_4_8,
+            300: _LR_4_8,
+        },
+        values={
+            "epochs": 200,
+            "input.semantics": "torchvision",
+            "input.accumulate": 8,  # 8 GPUs × 64
+            "optim.variant": "mmpretrain",
+            "run.precision": "fp16",
+        },
+    ),
     "imagenet100": Recipe(
         source="OpenMixup's ImageNet-100 configuration",
-        rows={400: _OPENMIXUP},
+        rows={400: _LR_4_8},
         values={"epochs": 400, "backbone": "resnet18", "input.semantics": "torchvision"},
     ),
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
     "stl10": Recipe(
         source="OpenMixup's STL-10 configuration",
-        rows={1000: _OPENMIXUP},
+        rows={1000: _LR_4_8},
         values={"epochs": 1000, "image_size": 96, "input.semantics": "torchvision"},
     ),
     "quickstart": Recipe(
@@ -106,7 +132,7 @@ RECIPES: dict[str, Recipe] = {
             "backbone": "resnet18",
             "image_size": 32,
             "input.crop_area_min": 0.2,
-            "input.blur": False,
+            "input.views": "no-blur",
             "optim.warmup_epochs": 1,
             "optim.variant": "sgd",
             "model.hidden_size": 512,
@@ -167,8 +193,11 @@ class Resolved:
             f"{self.micro_batch} × {c.input.accumulate}",
             f"{self.total_steps} steps = {c.epochs} epochs × {self.samples} images // {batch}",
             f"{self.warmup_steps} warm-up steps = {self._warmup()}",
-            f"weight decay {self.weight_decay:g}, EMA decay {self.target_decay:g} → 1",
+            f"weight decay {self.weight_decay:g}, "
+            + (f"EMA decay {self.target_decay:g} → 1" if c.model.momentum else "no moving average"),
         ]
+        if c.model.method != "byol":
+            lines.append(f"not as in the paper: {c.model.method} (--model.method)")
         if self.stop_after < self.total_steps:
             lines.append(f"stops after step {self.stop_after} of {self.total_steps}")
         return lines + self._by_hand()
@@ -242,6 +271,8 @@ def _micro_batch(config: Config, world_size: int) -> int:
             f"batch_size {batch} cannot be shared out evenly over {world_size} ranks × "
             f"{accumulate} micro-batches: use --batch-size {near}"
         )
+    if config.model.norm == "group-ws":  # no statistics over images: one is enough
+        return batch // shares
     if batch // shares * (world_size if config.model.bn_sync else 1) < 2:
         raise ValueError(
             f"batch_size {batch} leaves BatchNorm one image for its statistics on {world_size} "

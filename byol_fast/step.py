@@ -63,6 +63,7 @@ def train_step(
         ema_(*pairs, decay)
     else:
         optimizer.step_and_average(*pairs, decay)
+    model.update_predictor()  # DirectPred sets its weights now; nothing to do for an MLP
     return StepOutput(total, projection, representation)
 
 

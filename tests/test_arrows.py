@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p for package in ("byol_fast", "pipelines") for p in (ROOT / package).rglob("*.py"))
 METHOD = [
     *("model", "step", "optim", "norm", "loss", "schedules", "compiled", "graphed"),
-    *("lars_updates", "fused_update", "apex_update"),
+    *("lars_updates", "fused_update", "apex_update", "predictors", "groupnorm", "backbone"),
 ]
 LIGHT = ["config", "recipes", "cli", "flags", "arguments", "errors", "_version"]
 

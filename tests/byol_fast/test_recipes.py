@@ -61,7 +61,7 @@ def test_the_rate_is_linear_in_the_batch(batch: int) -> None:
 
 
 def test_a_value_set_by_hand_wins_and_is_said() -> None:
-    run = resolved("--epochs 100 --base-lr 0.5 --target-decay 0.9 --weight-decay 0 --flip 0.5")
+    run = resolved("--epochs 100 --base-lr 0.5 --target-decay 0.9 --weight-decay 0 --views byol")
     assert (run.peak_lr, run.target_decay, run.weight_decay) == (8.0, 0.9, 0.0)
     assert run.arithmetic()[-3:] == [
         "set by hand: optim.base_lr 0.5 (recipe: 0.45)",
@@ -94,7 +94,7 @@ def test_cifar_takes_the_steps_of_its_source() -> None:
 
 
 def test_mirror_images_can_be_turned_off() -> None:
-    spec = config.spec(fill(config.parse(["--recipe", "quickstart", "--flip", "0"])))
+    spec = config.spec(fill(config.parse(["--recipe", "quickstart", "--views", "no-flip"])))
     assert [view.flip for view in spec.views] == [0.0, 0.0]
 
 

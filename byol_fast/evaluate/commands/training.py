@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,17 +147,22 @@ class Job:
         from byol_fast.evaluate.data import Subset, stratified_split
 
         fit_ids, held_ids = stratified_split(self.labelled.train)
+        if not len(held_ids):
+            raise ValueError(
+                "there is one image per class, so none can be held out to choose a recipe by: give "
+                "one value each, without --grid"
+            )
         fit, held = (Subset(self.labelled.train, ids) for ids in (fit_ids, held_ids))
         varied = _varied(recipes)
         tried: dict[str, float] = self.world.share(self._tried())
         for number, recipe in enumerate(recipes, start=1):
-            key = _key(recipe)
+            key = self._key(recipe)
             if key not in tried:
                 part = f"choosing {number} of {len(recipes)}"
                 tried[key] = self._accuracy(recipe, fit, held, part, metric)
                 self._remember(tried)
-        best = max(recipes, key=lambda recipe: tried[_key(recipe)])
-        found = [{**_values(r, varied), "accuracy": tried[_key(r)]} for r in recipes]
+        best = max(recipes, key=lambda recipe: tried[self._key(recipe)])
+        found = [{**_values(r, varied), "accuracy": tried[self._key(r)]} for r in recipes]
         return best, found
 
     def clean(self) -> None:
@@ -180,14 +186,24 @@ class Job:
     def _resume(self, store: Store, recipe: Recipe, part: str) -> Progressing:
         from byol_fast.evaluate.finetune import Progressing
 
-        about = {
+        return Progressing(folder=self._folder_of(part), about=self._about(store, recipe))
+
+    def _about(self, store: Store, recipe: Recipe) -> dict[str, Any]:
+        """What a training's outcome depends on."""
+        return {
             "recipe": asdict(recipe),
-            "weights": self.network.weights.sha256,
+            "weights": self._sha256,
             "images": store.fingerprint,
             "image size": self.network.image_size,
             "seed": self.args.seed,
         }
-        return Progressing(folder=self._folder_of(part), about=about)
+
+    def _key(self, recipe: Recipe) -> str:
+        return json.dumps(self._about(self.labelled.train, recipe), sort_keys=True)
+
+    @cached_property
+    def _sha256(self) -> str:
+        return self.network.weights.sha256  # reads the whole file
 
     def _folder_of(self, part: str) -> Path:
         return self.folder / part.replace(" ", "-")
@@ -229,10 +245,6 @@ def changes(asked: dict[str, Any]) -> str:
     """` with epochs 3, batch 64`, of what the command line sets; empty where it sets nothing."""
     said = [f"{key} {value:g}" for key, value in asked.items() if value is not None]
     return f" with {', '.join(said)}" if said else ""
-
-
-def _key(recipe: Recipe) -> str:
-    return json.dumps(asdict(recipe), sort_keys=True)
 
 
 def _varied(recipes: list[Recipe]) -> list[str]:

@@ -98,7 +98,7 @@ class Recipe:
         decay = f"weight decay {self.l2:g}"
         if self.decay_over_lr and self.weight_decay:
             decay += f" = {self.weight_decay:g} / {self.peak_lr:g}"
-        ends = ", ".join(f"{share * (self.epochs or self.steps):g}" for share in self.drops)
+        ends = ", ".join(f"{share * (self.epochs or self.steps):.3g}" for share in self.drops)
         unit = "epochs" if self.epochs else "steps"
         drops = f"× {self.gamma:g} after {ends} {unit}" if ends else "constant"
         course = "cosine per step" if self.schedule == "cosine" else drops
@@ -166,7 +166,8 @@ FINETUNE_GRID = {
 
 
 def quick(recipe: Recipe, images: int) -> Recipe:
-    """For trying: a few passes in small batches; no published protocol."""
+    """For trying: five passes in small batches, at least 30 steps; no published protocol."""
     batch = min(64, images)
-    length = {"steps": max(20, 5 * images // batch)} if recipe.steps else {"epochs": 5}
+    epochs = max(5, -(-30 * batch // images))
+    length = {"steps": epochs * images // batch} if recipe.steps else {"epochs": epochs}
     return recipe.changed({"batch_size": batch, "base_lr": recipe.base_lr * 256 / batch, **length})

@@ -142,7 +142,7 @@ def test_semi_quick_takes_a_stratified_share(run, data, capsys):
 
 
 def test_finetune_chooses_on_held_out_images(run, data, capsys):
-    words = ("--steps", 16, "--batch-size", 12, "--lr", 1e-6, 0.2, "--dataset", "pets")
+    words = ("--steps", 24, "--batch-size", 12, "--lr", 1e-6, 0.2, "--dataset", "pets")
     code, result = run("finetune", *places(data), *words)
     text = capsys.readouterr().out
     assert code == Exit.DONE and result["metric"] == "mean per class"

@@ -112,7 +112,7 @@ def test_broken_lines_and_missing_files_are_named(root):
     with pytest.raises(DataError, match=r"4 of 5 listed images.*line 3.*--root"):
         open_list(path, root)
     path.write_text("nothing here\n")
-    with pytest.raises(DataError, match="lists no images.*line 1"):
+    with pytest.raises(DataError, match=r"lists no images.*line 1"):
         open_list(path, root)
 
 

@@ -121,7 +121,7 @@ def test_semi_with_a_list_of_names(run, data, tmp_path, capsys):
     assert code == Exit.DONE and result["images"] == {"train": 24, "test": 15}
     assert result["share"] == 0.5 and result["top1"] == 1.0
     assert result["data"]["train"].endswith("train_places205.csv")
-    assert "semi, 50% of the labels, 12 epochs with epochs 12, batch 12, lr 0.2" in text
+    assert "semi, 50% of the labels, 12 epochs with batch 12, lr 0.2" in text
     assert "53.2" not in text and "24 images that" in text
     tuned = export.load_backbone(result["backbone"])
     head = safetensors.torch.load_file(result["head"])

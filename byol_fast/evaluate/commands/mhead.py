@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from byol_fast.evaluate import published, recipes, record
 from byol_fast.evaluate.commands import common, training
 from byol_fast.evaluate.table import Row
+
+if TYPE_CHECKING:
+    from byol_fast.evaluate.heads import StageHeads
+    from byol_fast.evaluate.scores import Scores
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -46,33 +51,21 @@ def run(args: argparse.Namespace) -> None:
             {"epochs": args.epochs, "batch": args.batch_size, "lr": args.base_lr}
         )
         label = training.QUICK if args.quick else f"{args.recipe}{changed}"
-        figures = published.MHEAD.get(args.recipe, (None,) * 5)
+        figures = (None,) * 5 if args.quick else published.MHEAD.get(args.recipe, (None,) * 5)
         rows = [
             Row(
                 protocol=f"mhead {pooling.feature}, {label}",
                 figures=scores.figures(),
                 images_per_second=trained.images_per_second or None,
-                published=None if args.quick else figure,
+                published=figure,
             )
             for pooling, scores, figure in zip(module.poolings, each, figures, strict=True)
-        ]
-        features = [
-            {
-                "feature": pooling.feature,
-                "map": [pooling.channels, pooling.side, pooling.side],
-                "pooling": pooling.describe(),
-                "published_pooling": pooling.kernel is not None,
-                "width": pooling.width,
-                "top1": scores.top1,
-                "top5": scores.top5,
-            }
-            for pooling, scores in zip(module.poolings, each, strict=True)
         ]
         adaptive = [p for p in module.poolings if p.kernel is None]
         result = {
             "protocol": training.protocol(recipe),
             "published_protocol": not (args.quick or changed or adaptive),
-            "features": features,
+            "features": _features(module, each),
             "final_loss": trained.final_loss,
             "images_per_second": trained.images_per_second,
             "images": {"train": len(labelled.train), "test": tested},
@@ -92,3 +85,19 @@ def run(args: argparse.Namespace) -> None:
         about = record.provenance(args, network, labelled)
         common.finish(args, where, about, result, rows, notes)
         job.clean()
+
+
+def _features(module: StageHeads, each: list[Scores]) -> list[dict[str, Any]]:
+    """What each classifier saw and reached, for the result file."""
+    return [
+        {
+            "feature": pooling.feature,
+            "map": [pooling.channels, pooling.side, pooling.side],
+            "pooling": pooling.describe(),
+            "published_pooling": pooling.kernel is not None,
+            "width": pooling.width,
+            "top1": scores.top1,
+            "top5": scores.top5,
+        }
+        for pooling, scores in zip(module.poolings, each, strict=True)
+    ]

@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> None:
         chosen = bool(args.lr or args.head_factor or tried)
         changed = training.changes(
             {
-                "epochs": args.epochs,
                 "batch": args.batch_size,
                 "lr": recipe.base_lr if chosen else None,
                 "head factor": recipe.head_lr_factor if chosen else None,

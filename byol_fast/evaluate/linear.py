@@ -19,17 +19,15 @@ from torch import nn
 from byol_fast.evaluate.features import Features, evaluating, extract, inference
 from byol_fast.evaluate.head import HeadTrainer, batches, top_k
 from byol_fast.evaluate.protocols import MMPRETRAIN, PAPER, QUICK, Protocol
+from byol_fast.evaluate.recipes import CROP_AND_FLIP
 from pipelines.augment import choose
 from pipelines.pipeline import open_source
 from pipelines.plan import Rows, RowStream, total_steps
 from pipelines.progress import Progress
-from pipelines.spec import AugmentSpec, ViewSpec
+from pipelines.spec import AugmentSpec
 from pipelines.stores import Store
 
 __all__ = ["MMPRETRAIN", "PAPER", "QUICK", "LinearResult", "Protocol", "fit", "fit_features"]
-
-# The pretraining crop and flip, and nothing else.
-CROP_AND_FLIP = ViewSpec(jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,3 +70,22 @@ COCO_MASK = tuple(
     for value, metric in ((36.8, "mask AP"), (58.1, "mask AP50"), (39.5, "mask AP75"))
 )
 VOC_SEGMENTATION = _openmixup(67.16, "mIoU", "VOC12 val")
+
+
+def _fine_tuned(value: float, on: str, metric: str = "top-1") -> Published:
+    return Published(value, 1000, "BYOL paper, table 3", metric, on)
+
+
+FINETUNE = {  # the data set's name on the command line -> figure
+    "food101": _fine_tuned(88.5, "Food-101"),
+    "cifar10": _fine_tuned(97.8, "CIFAR-10"),
+    "cifar100": _fine_tuned(86.1, "CIFAR-100"),
+    "birdsnap": _fine_tuned(76.3, "Birdsnap"),
+    "sun397": _fine_tuned(63.7, "SUN397"),
+    "cars": _fine_tuned(91.6, "Stanford Cars"),
+    "aircraft": _fine_tuned(88.1, "FGVC Aircraft", "mean per class"),
+    "dtd": _fine_tuned(76.2, "DTD"),
+    "pets": _fine_tuned(91.7, "Oxford-IIIT Pets", "mean per class"),
+    "caltech101": _fine_tuned(93.8, "Caltech-101", "mean per class"),
+    "flowers": _fine_tuned(97.0, "Oxford 102 Flowers", "mean per class"),
+}

@@ -33,8 +33,10 @@ def weights_flags(parser: argparse.ArgumentParser) -> None:
 def data_flags(parser: argparse.ArgumentParser) -> None:
     """Labelled images to train and to test on, and where the result goes."""
     add = parser.add_argument
-    add("--data", required=True, help="labelled training images: class folders or .npz")
+    add("--data", required=True, help="labelled training images: class folders, a list, .npz")
     add("--test-data", help="labelled test images; else a fixed fifth of --data is held out")
+    add("--root", help="folder of the images that lists name; else the list's own")
+    add("--test-root", help="the same for the list in --test-data; else --root")
     out_flag(parser)
 
 
@@ -104,9 +106,10 @@ def open_labelled(args: argparse.Namespace) -> Labelled:
     from byol_fast.evaluate import data
     from pipelines.stores import open_store
 
+    root, test_root = args.root, args.test_root or args.root
     return data.prepare(
-        open_store(args.data, verify=False),
-        open_store(args.test_data, verify=False) if args.test_data else None,
+        open_store(args.data, root=root, verify=False),
+        open_store(args.test_data, root=test_root, verify=False) if args.test_data else None,
     )
 
 

@@ -12,13 +12,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from byol_fast.errors import CheckpointError, Exit
+from byol_fast.errors import CheckpointError, Diverged, Exit, Preempted
 from byol_fast.flags import nearest
 from pipelines.errors import DataError, MissingBackend
 
 TASKS = {  # name -> what it does; the module in `commands/` has the same name
     "knn": "weighted k nearest neighbours, nothing is trained",
     "linear": "a linear classifier on the frozen network",
+    "detect": "a detector fine-tuned from the network: VOC07+12, COCO",
+    "segment": "a segmenter fine-tuned from the network: VOC12, Cityscapes",
     "table": "results that were written before, as one table",
 }
 PROGRAM = "python -m byol_fast.evaluate"
@@ -47,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(Exit.DATA, error)
     except CheckpointError as error:
         return _failed(Exit.NO_CHECKPOINT, error)
+    except Diverged as error:
+        return _failed(Exit.DIVERGED, error)
+    except Preempted as error:
+        return _failed(Exit.PREEMPTED, error)
     except (ValueError, MissingBackend, OSError) as error:
         return _failed(Exit.USAGE, error)
     return Exit.DONE

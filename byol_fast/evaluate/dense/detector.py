@@ -55,6 +55,7 @@ def build(
         "rpn_post_nms_top_n_train": recipe.after_nms[0],
         "rpn_post_nms_top_n_test": recipe.after_nms[1],
         "box_batch_size_per_image": recipe.rois_per_image,
+        "box_detections_per_img": recipe.detections_per_image,
     }
     detector: nn.Module = (_c4 if recipe.architecture == "c4" else _fpn)(
         net, classes, recipe, sizes

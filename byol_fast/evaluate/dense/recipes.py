@@ -63,6 +63,7 @@ class DetectionRecipe(Recipe):
     before_nms: tuple[int, int]  # proposals in training and test; of each level with FPN
     after_nms: tuple[int, int]
     rois_per_image: int = 512  # proposals the box head is trained on, a quarter of them objects
+    detections_per_image: int = 100
     roi_size: int = 14  # what layer 4 sees of a box (c4), in feature pixels
     precise_bn_batches: int = 0  # training batches whose statistics the test uses; 0: the running
 
@@ -182,8 +183,9 @@ def quick_detection(recipe: DetectionRecipe) -> DetectionRecipe:
         before_nms=(200, 100),
         after_nms=(100, 50),
         rois_per_image=16,
+        detections_per_image=10,
         roi_size=7,
-        precise_bn_batches=min(recipe.precise_bn_batches, 10),
+        precise_bn_batches=min(recipe.precise_bn_batches, 2),
     )
 
 

@@ -163,6 +163,8 @@ def _edit(key, value):
         (lambda c: c["images"][0].update(file_name="x.jpg"), "x.jpg is missing"),
         (lambda c: c["images"][0].update(file_name="../x.jpg"), "leads out of"),
         (lambda c: c.pop("categories"), "no COCO instance file"),
+        (lambda c: c["images"][0].pop("height"), "no COCO instance file: KeyError('height')"),
+        (lambda c: c["categories"][0].pop("name"), "no COCO instance file: KeyError('name')"),
     ],
 )
 def test_a_broken_coco_file_is_named(tmp_path, edit, message):

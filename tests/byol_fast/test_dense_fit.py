@@ -58,6 +58,8 @@ def fit(recipe, root, folder, **more):
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_stopped_and_resumed_equals_uninterrupted(recipe, make, tmp_path, monkeypatch):
+    if recipe is recipes.COCO:
+        pytest.importorskip("pycocotools")
     root, recipe = make(tmp_path / "data"), tiny(recipe)
     whole = fit(recipe, root, tmp_path / "whole")
 
@@ -71,13 +73,9 @@ def test_stopped_and_resumed_equals_uninterrupted(recipe, make, tmp_path, monkey
         return original(model, device, samples)
 
     monkeypatch.setattr(module, "loss_of", stop_in_the_second)
-    state_of_torch = torch.get_rng_state()
     with pytest.raises(Preempted, match="after iteration 2 of 3"):
         fit(recipe, root, tmp_path / "halved", threads=3)
     resumed = fit(recipe, root, tmp_path / "halved", threads=1)
-    torch.manual_seed(1)
-    thin_resnet()  # what `fit` above drew itself
-    assert len(state_of_torch) == len(torch.get_rng_state())
 
     once, twice = (checkpoint.latest(tmp_path / name) for name in ("whole", "halved"))
     assert once["step"] == twice["step"] == 3
@@ -98,14 +96,15 @@ def test_training_leaves_torch_s_generator_alone(tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_a_detector_learns_what_it_is_shown(tmp_path):
     root = make_voc(tmp_path / "data", train=6, test=1)
     one = replace(recipes.VOC, test_set="VOC2007/trainval", train_sets=("VOC2007/trainval",))
     recipe = tiny(
-        one, iterations=150, short_sides=(96,), test_short_side=96, rois_per_image=32,
+        one, iterations=120, short_sides=(96,), test_short_side=96, rois_per_image=32,
         before_nms=(200, 100), after_nms=(60, 30),
     )  # fmt: skip
-    recipe = replace(recipe, lr=0.02, milestones=(120,))
+    recipe = replace(recipe, lr=0.02, milestones=(96,))
     untrained = fit(replace(recipe, iterations=1, lr=1e-6), root, tmp_path / "untrained")
     result = fit(recipe, root, tmp_path / "c")
     assert result.figures["box"]["AP50"] > 0.8 > 0.3 > untrained.figures["box"]["AP50"]
@@ -114,9 +113,8 @@ def test_a_detector_learns_what_it_is_shown(tmp_path):
 
 def test_a_segmenter_learns_what_it_is_shown(tmp_path):
     root = make_voc_masks(tmp_path / "data", train=6, test=1)
-    one = replace(recipes.VOC12AUG, train_sets=("train",))
-    recipe = tiny(replace(one, iterations=60), iterations=60, scales=(1.0, 1.0), channels=16)
-    recipe = replace(recipe, lr=0.05)
+    recipe = tiny(recipes.VOC12AUG, iterations=80, scales=(1.0, 1.0), channels=32, dropout=0.0)
+    recipe = replace(recipe, lr=0.2, batch_size=3)
     torch.manual_seed(1)
     net = thin_resnet()
     shown = masks.read_voc(root, ("train",))
@@ -126,7 +124,7 @@ def test_a_segmenter_learns_what_it_is_shown(tmp_path):
     model = segment.Segmenter(thin_resnet(), len(shown.classes), recipe)
     model.load_state_dict(checkpoint.latest(folder)["model"])
     table = segment.confusion(model, shown, **USUAL)
-    assert segment.mean_iou(table) > 0.5
+    assert segment.mean_iou(table) > 0.6
 
 
 def test_every_place_is_a_function_of_seed_and_step():

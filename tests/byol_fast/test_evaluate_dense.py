@@ -38,6 +38,8 @@ def data(tmp_path_factory):
     made = {}
 
     def of(task, protocol):
+        if protocol == "coco":
+            pytest.importorskip("pycocotools")
         if protocol not in made:
             made[protocol] = MAKERS[task, protocol](tmp_path_factory.mktemp(protocol))
         return made[protocol]
@@ -162,6 +164,12 @@ def test_coco_without_pycocotools_names_the_command(weights, tmp_path, capsys, m
     code = run("detect", "coco", weights, tmp_path, tmp_path / "r.json")
     assert code == Exit.USAGE
     assert "pip install byol-fast[detect]" in capsys.readouterr().err
+
+
+def test_torchrun_is_refused(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("detect", "voc", weights, tmp_path, tmp_path / "r.json") == Exit.USAGE
+    assert "not torchrun" in capsys.readouterr().err
 
 
 def test_another_kind_of_network_is_refused(data, tmp_path, capsys):

@@ -38,6 +38,8 @@ def flags(parser: argparse.ArgumentParser, protocols: dict[str, R], data: str) -
 
 def recipe(args: argparse.Namespace, base: R) -> R:
     """The recipe with what the command line changes in it; raises ValueError for a bad value."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this task trains in one process: start it with python -m, not torchrun")
     if args.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {args.save_every}")
     return base.changed(iterations=args.iterations, batch_size=args.batch_size, lr=args.lr)

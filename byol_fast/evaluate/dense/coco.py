@@ -52,11 +52,14 @@ def read(root: Path | str, sets: tuple[str, ...]) -> DetectionSet:
         source = annotation_file(root, name)
         data = read_bytes(source, f"the annotations of {name}")
         content = _content(data, source)
-        ours = {int(c["id"]): str(c["name"]) for c in content["categories"]}
+        try:
+            ours = {int(c["id"]): str(c["name"]) for c in content["categories"]}
+            read_images, dropped = _images(content, Path(root) / name, source, sorted(ours))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{source} is no COCO instance file: {error!r}") from error
         if classes is not None and ours != classes:
             raise DataError(f"{source} has other categories than {annotation_file(root, sets[0])}")
         classes = ours
-        read_images, dropped = _images(content, Path(root) / name, source, sorted(ours))
         images += read_images
         left_out += dropped
         marks.append(data)

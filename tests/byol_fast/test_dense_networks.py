@@ -61,6 +61,7 @@ def test_fpn_with_resnet50_has_normalised_heads():
     with torch.device("meta"):
         model = detector.build(resnet50(), 80, recipes.COCO, mean=MEAN, std=STD)
     heads = model.roi_heads
+    assert model.backbone.out_channels == 256
     assert heads.box_roi_pool.strides == (4, 8, 16, 32) and heads.box_roi_pool.output_size == (7, 7)
     convolutions = [m for m in heads.box_head.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == 4 and heads.box_predictor.cls_score.weight.shape == (81, 1024)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from byol_fast.evaluate import record
 from byol_fast.evaluate.commands import common
-from byol_fast.evaluate.dense.recipes import Recipe
+from byol_fast.evaluate.dense.recipes import PUBLISHED, Recipe
+from byol_fast.evaluate.published import Published
 
 if TYPE_CHECKING:
     from byol_fast.evaluate.dense.loop import Trained
@@ -62,6 +63,11 @@ def title(args: argparse.Namespace, base: Recipe) -> str:
     changed = ", ".join(f"{key} {value}" for key, value in asked.items() if value is not None)
     name = f"quick {base.title} (not a published protocol)" if args.quick else base.title
     return f"{name} with {changed}" if changed else name
+
+
+def published(args: argparse.Namespace, key: str) -> Published | None:
+    """The figure of `recipes.PUBLISHED` to stand beside; none beside a quick try."""
+    return None if args.quick else PUBLISHED.get(key)
 
 
 def is_published(args: argparse.Namespace) -> bool:

@@ -69,12 +69,15 @@ def run(args: argparse.Namespace) -> None:
 def _rows(
     args: argparse.Namespace, base: recipes.DetectionRecipe, outcome: DetectionResult
 ) -> list[Row]:
-    title, published = dense.title(args, base), recipes.PUBLISHED
+    title = dense.title(args, base)
     rate = outcome.trained.images_per_second or None
     if args.protocol == "voc":
         figures = outcome.figures["box"]
         row = Row(
-            protocol=title, figures=figures, images_per_second=rate, published=published["voc"]
+            protocol=title,
+            figures=figures,
+            images_per_second=rate,
+            published=dense.published(args, "voc"),
         )
         return [row]
     return [
@@ -82,7 +85,7 @@ def _rows(
             protocol=title,
             figures={f"{kind} {name}": value for name, value in figures.items()},
             images_per_second=rate,
-            published=published[kind],
+            published=dense.published(args, kind),
         )
         for kind, figures in outcome.figures.items()
     ]

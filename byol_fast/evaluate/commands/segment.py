@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from byol_fast.evaluate import record
 from byol_fast.evaluate.commands import common, dense
 from byol_fast.evaluate.dense import recipes
 from byol_fast.evaluate.table import Row
+
+if TYPE_CHECKING:
+    from byol_fast.evaluate.dense.segment import SegmentationResult
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +48,6 @@ def run(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         progress=True,
     )
-    row = Row(
-        protocol=dense.title(args, base),
-        figures={"mIoU": outcome.miou, "pixel acc": outcome.pixel_accuracy},
-        images_per_second=outcome.trained.images_per_second or None,
-        published=recipes.PUBLISHED.get(args.protocol),
-    )
     result: dict[str, Any] = {
         "protocol": {**asdict(recipe), "seed": args.seed},
         "published_protocol": dense.is_published(args),
@@ -62,4 +59,15 @@ def run(args: argparse.Namespace) -> None:
     }
     about = dense.provenance(args, network, names, (train.fingerprint, test.fingerprint))
     notes = [f"tested on {len(test.pairs)} images"]
-    common.finish(args, where, about, result, [row], notes)
+    common.finish(args, where, about, result, [_row(args, base, outcome)], notes)
+
+
+def _row(
+    args: argparse.Namespace, base: recipes.SegmentationRecipe, outcome: SegmentationResult
+) -> Row:
+    return Row(
+        protocol=dense.title(args, base),
+        figures={"mIoU": outcome.miou, "pixel acc": outcome.pixel_accuracy},
+        images_per_second=outcome.trained.images_per_second or None,
+        published=dense.published(args, args.protocol),
+    )

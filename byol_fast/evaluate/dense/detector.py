@@ -158,7 +158,7 @@ class _Layer4Head(nn.Module):
 class _FpnBackbone(nn.Module):
     """All four stages and a feature pyramid, normalised as in MMSelfSup's protocol."""
 
-    def __init__(self, net: ResNet, channels: int = 256) -> None:
+    def __init__(self, net: ResNet, channels: int) -> None:
         super().__init__()
         stages = {f"layer{i + 1}": str(i) for i in range(4)}
         widths = [out_channels(getattr(net, name)) for name in stages]
@@ -185,7 +185,7 @@ def _c4(net: ResNet, classes: int, recipe: DetectionRecipe, sizes: dict[str, Any
 
 
 def _fpn(net: ResNet, classes: int, recipe: DetectionRecipe, sizes: dict[str, Any]) -> MaskRCNN:
-    backbone = _FpnBackbone(net)
+    backbone = _FpnBackbone(net, recipe.pyramid_channels)
     width, names = backbone.out_channels, ["0", "1", "2", "3"]
     strides = [_first_stride(net) << i for i in range(4)]
     norm = nn.BatchNorm2d

@@ -65,6 +65,7 @@ class DetectionRecipe(Recipe):
     rois_per_image: int = 512  # proposals the box head is trained on, a quarter of them objects
     detections_per_image: int = 100
     roi_size: int = 14  # what layer 4 sees of a box (c4), in feature pixels
+    pyramid_channels: int = 256  # of the heads on it too (fpn)
     precise_bn_batches: int = 0  # training batches whose statistics the test uses; 0: the running
 
     def learning_rate(self, step: int) -> float:
@@ -185,6 +186,7 @@ def quick_detection(recipe: DetectionRecipe) -> DetectionRecipe:
         rois_per_image=16,
         detections_per_image=10,
         roi_size=7,
+        pyramid_channels=64,
         precise_bn_batches=min(recipe.precise_bn_batches, 2),
     )
 

@@ -34,10 +34,12 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.4"],
     "dali-cuda12": ["nvidia-dali-cuda120>=2.4"],
     "ffcv": ["ffcv>=1.0.2"],  # compiled on the spot: launch/install_ffcv.sh brings the libraries
+    "detect": ["pycocotools>=2.0.8"],  # COCO's masks and metric
     "wandb": ["wandb>=0.17"],
     "quickstart": ["scikit-image>=0.24"],  # its wheel holds free photographs
     "dev": [
         "mypy>=1.10",
+        "pycocotools>=2.0.8",
         "pytest>=8.0",
         "ruff>=0.9",
         "scikit-image>=0.24",
@@ -61,6 +63,7 @@ setup(
         "byol_fast",
         "byol_fast.evaluate",
         "byol_fast.evaluate.commands",
+        "byol_fast.evaluate.dense",
         "byol_fast.report",
         "pipelines",
         "pipelines.augment",

@@ -22,6 +22,8 @@ TASKS = {  # name -> what it does; the module in `commands/` has the same name
     "mhead": "linear classifiers on the stem and the four stages of a ResNet",
     "semi": "fine-tuning with 1% or 10% of the labels",
     "finetune": "transfer: fine-tuning the whole network on a labelled set",
+    "detect": "a detector fine-tuned from the network: VOC07+12, COCO",
+    "segment": "a segmenter fine-tuned from the network: VOC12, Cityscapes",
     "table": "results that were written before, as one table",
 }
 PROGRAM = "python -m byol_fast.evaluate"

@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 
 
 def weights_flags(parser: argparse.ArgumentParser) -> None:
+    """Which network, where it runs, and how it is shown images."""
+    network_flags(parser)
+    add = parser.add_argument
+    add("--image-size", type=int, help="pixels; else as trained, else 224")
+    add("--backend", default="auto", choices=["auto", "torch", "dali", "ffcv"], help="who decodes")
+
+
+def network_flags(parser: argparse.ArgumentParser) -> None:
     """Which network, and where it runs."""
     add = parser.add_argument
     add("--weights", required=True, help="exported backbone, checkpoint or run folder")
     add("--backbone", help="torchvision name, for weights that do not say")
     add("--stem", choices=["imagenet", "cifar"], help="for weights that do not say")
-    add("--image-size", type=int, help="pixels; else as trained, else 224")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--backend", default="auto", choices=["auto", "torch", "dali", "ffcv"], help="who decodes")
     add("--threads", type=int, help="decoding threads; else one for each core")
 
 

@@ -19,6 +19,11 @@ from pipelines.errors import DataError, MissingBackend
 TASKS = {  # name -> what it does; the module in `commands/` has the same name
     "knn": "weighted k nearest neighbours, nothing is trained",
     "linear": "a linear classifier on the frozen network",
+    "svm": "linear SVMs, one a class (VOC07, or any labelled images)",
+    "lowshot": "the same from few images of each class",
+    "transfer": "logistic regression, its penalty chosen on validation images",
+    "predict": "class and score of images, by a classifier that linear or transfer saved",
+    "embed": "features of a folder of images as .npy",
     "table": "results that were written before, as one table",
 }
 PROGRAM = "python -m byol_fast.evaluate"

@@ -199,7 +199,8 @@ def test_images_that_vanish_are_counted(weights, tmp_path, capsys):
 
 
 def test_as_a_module_it_answers_help_without_torch():
-    code = "import sys, byol_fast.evaluate.__main__ as m; m.main(['--help']); print('torch' in sys.modules)"
+    code = "from byol_fast.evaluate.__main__ import main; main(['--help'])"
+    code += "; import sys; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split()[-1] == "False" and "knn" in out.stdout
     asked = [sys.executable, "-m", "byol_fast.evaluate", "linear", "--help"]

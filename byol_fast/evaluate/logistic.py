@@ -53,7 +53,7 @@ def search(
     Each fit starts from that of the next larger penalty. Among equals the largest penalty wins.
 
     Raises:
-        ValueError: weights that are not finite.
+        ValueError: a loss that is not finite.
     """
     parts, device = parts or Parts(None, {}), torch.device(device)
     x, y = train.to(device), train_targets.to(device)
@@ -85,7 +85,7 @@ def fit(head: nn.Linear, x: Tensor, targets: Tensor, *, penalty: float) -> None:
     Class numbers give one softmax, `[n, C]` targets a sigmoid for each class.
 
     Raises:
-        ValueError: weights that are not finite.
+        ValueError: a loss that is not finite.
     """
     optimizer = torch.optim.LBFGS(
         head.parameters(),
@@ -100,15 +100,15 @@ def fit(head: nn.Linear, x: Tensor, targets: Tensor, *, penalty: float) -> None:
         optimizer.zero_grad()
         # Over n: the same minimum, in numbers that the tolerances are made for.
         loss = (_loss(head(x), targets) + penalty * head.weight.square().sum()) / len(x)
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"logistic regression diverged at penalty {penalty:g}: the features are too "
+                "large; check the weights"
+            )
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    if not all(bool(torch.isfinite(p).all()) for p in head.parameters()):
-        raise ValueError(
-            f"logistic regression diverged at penalty {penalty:g}: the features are too large; "
-            "check the weights"
-        )
 
 
 def top1(logits: Tensor, targets: Tensor) -> float:

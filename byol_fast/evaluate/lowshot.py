@@ -13,24 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from byol_fast.evaluate.ap import average_precision, mean_precision
+from byol_fast.evaluate import svmfit
+from byol_fast.evaluate.ap import F64, mean_precision
 from byol_fast.evaluate.parts import Parts
-from byol_fast.evaluate.svm import (
-    COSTS,
-    F64,
-    USUAL_COST,
-    Targets,
-    classifier,
-    normalised,
-    run_parts,
-    top1,
-    unconverged,
-)
+from byol_fast.evaluate.svm import COSTS, Targets, normalised, run_parts, top1
+from byol_fast.evaluate.svmfit import USUAL_COST, Draw
 
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 SAMPLES = 5
-
-Draw = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]  # rows that show a class, and others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +83,7 @@ def fit(
             for s in range(samples)
             for c in range(train_targets.shape[1])
         ]
-        done = list(run_parts(_fit_class, tasks, jobs=jobs, parts=parts, progress=progress))
+        done = list(run_parts(svmfit.fit_few, tasks, jobs=jobs, parts=parts, progress=progress))
         shape = samples, train_targets.shape[1]
         held_out = np.stack([part["held_out"] for part in done]).reshape(*shape, len(costs))
         scores = np.stack([part["scores"] for part in done]).reshape(*shape, len(costs), -1)
@@ -140,26 +130,3 @@ def _choose(known: F64, costs: tuple[float, ...]) -> int:
         return min(range(len(costs)), key=lambda i: abs(np.log(costs[i] / USUAL_COST)))
     means = known.mean(axis=0)
     return min(range(len(costs)), key=lambda i: (-round(float(means[i]), 12), costs[i]))
-
-
-def _fit_class(
-    x: F64, c: int, sample: int, drawn: list[list[Draw]], unseen: F64, costs: tuple[float, ...]
-) -> dict[str, F64]:
-    """For each C: AP on what other samples drew [costs], and scores of `unseen` [costs, m].
-
-    The AP is NaN where the other samples drew the same images: then nothing can be chosen by it.
-    """
-    shown, rest = drawn[sample][c]
-    rows, truth = np.concatenate([shown, rest]), np.repeat([1, -1], [len(shown), len(rest)])
-    others = [each[c] for s, each in enumerate(drawn) if s != sample]
-    tried = np.setdiff1d(np.concatenate([part for pair in others for part in pair]), rows)
-    is_shown = np.isin(tried, np.concatenate([pair[0] for pair in others]))
-    held_out, scores = [], []
-    with unconverged():
-        for cost in costs:
-            fitted = classifier(cost).fit(x[rows], truth)
-            scores.append(fitted.decision_function(unseen))
-            some = len(tried) and not is_shown.all()
-            values = fitted.decision_function(x[tried]) if some else np.zeros(len(tried))
-            held_out.append(average_precision(is_shown, values) if some else float("nan"))
-    return {"held_out": np.array(held_out), "scores": np.array(scores)}

@@ -6,9 +6,7 @@ OpenMixup took over): L2-normalised features, scikit-learn's `LinearSVC`, C by c
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from byol_fast.evaluate.ap import mean_precision
+from byol_fast.evaluate import svmfit
+from byol_fast.evaluate.ap import F64, mean_precision
 from byol_fast.evaluate.parts import Parts
-from pipelines.errors import MissingBackend
+from byol_fast.evaluate.svmfit import FOLDS, USUAL_COST, classifier
 from pipelines.progress import Progress
 
-F64 = npt.NDArray[np.float64]
+__all__ = ["COSTS", "FOLDS", "QUICK_COSTS", "USUAL_COST", "SvmResult", "classifier", "fit"]
+
 Targets = npt.NDArray[np.int8]  # [n, C]: 1 present, 0 absent, -1 all its objects are difficult
 
 COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))  # C; `parse_cost_list` there
 QUICK_COSTS = (0.01, 0.1, 1.0, 10.0)
-FOLDS = 3
-USUAL_COST = 1.0  # where a class has too few images to choose by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ def fit(
     x, unseen = normalised(train), normalised(test)
     truth = np.where(train_targets == 1, 1, -1)
     tasks = [(f"class-{c:05d}", (x, truth[:, c], unseen, costs)) for c in range(truth.shape[1])]
-    done = list(run_parts(_fit_class, tasks, jobs=jobs, parts=parts, progress=progress))
+    done = list(run_parts(svmfit.fit_class, tasks, jobs=jobs, parts=parts, progress=progress))
     scores = np.stack([part["scores"] for part in done], axis=1)
     mean, aps = mean_precision(test_targets, scores)
     return SvmResult(
@@ -94,24 +92,6 @@ def top1(targets: Targets, scores: F64) -> float | None:
     return float((scores.argmax(axis=1) == targets.argmax(axis=1)).mean())
 
 
-def classifier(cost: float) -> Any:
-    """The published code's `LinearSVC`."""
-    try:
-        from sklearn.svm import LinearSVC
-    except ImportError as error:
-        raise MissingBackend("SVMs need scikit-learn: pip install byol-fast[evaluate]") from error
-    return LinearSVC(
-        C=cost,
-        class_weight={1: 2, -1: 1},
-        penalty="l2",
-        loss="squared_hinge",
-        dual=True,
-        tol=1e-4,
-        max_iter=2000,
-        random_state=0,
-    )
-
-
 def run_parts(
     work: Callable[..., dict[str, F64]],
     tasks: list[tuple[str, tuple[Any, ...]]],  # name and arguments of each call
@@ -121,7 +101,7 @@ def run_parts(
     progress: bool,
 ) -> Iterator[dict[str, F64]]:
     """What `work` gives for each task, in order; what `parts` has is not computed again."""
-    classifier(USUAL_COST)  # scikit-learn missing: say so here, not in a worker
+    svmfit.classifier(USUAL_COST)  # scikit-learn missing: say so here, not in a worker
     from joblib import Parallel, delayed
 
     parts = parts or Parts(None, {})
@@ -138,36 +118,3 @@ def run_parts(
                 parts.write(name, {k: torch.from_numpy(v) for k, v in values.items()}, {})
                 yield values
             meter.advance()
-
-
-@contextmanager
-def unconverged() -> Iterator[None]:
-    """2000 iterations may not be enough at a large C: the published recipe stops there too."""
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield
-
-
-def _fit_class(
-    x: F64, truth: npt.NDArray[np.int64], unseen: F64, costs: tuple[float, ...]
-) -> dict[str, F64]:
-    """C, the cross-validated AP that chose it, and the scores of `unseen`."""
-    from sklearn.model_selection import cross_val_score
-
-    folds = min(FOLDS, int((truth == 1).sum()), int((truth == -1).sum()))
-    cost, best = USUAL_COST, float("nan")
-    with unconverged():
-        if folds >= 2:
-            aps = [
-                cross_val_score(classifier(c), x, truth, cv=folds, scoring="average_precision")
-                for c in costs
-            ]
-            chosen = int(np.argmax([ap.mean() for ap in aps]))
-            cost, best = costs[chosen], float(aps[chosen].mean())
-        if len(np.unique(truth)) < 2:  # nothing to separate
-            scores = np.zeros(len(unseen))
-        else:
-            scores = classifier(cost).fit(x, truth).decision_function(unseen)
-    return {"cost": np.array([cost]), "crossval": np.array([best]), "scores": scores}

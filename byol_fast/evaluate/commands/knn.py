@@ -65,9 +65,7 @@ def run(args: argparse.Namespace) -> None:
             protocol=f"{name}, k={k}{whole if k > len(bank.ids) else ''}",
             figures={"top-1": accuracy},
             images_per_second=rate,
-            published=published.KNN.get(k)
-            if usual and k <= len(bank.ids)
-            else None,
+            published=published.KNN.get(k) if usual and k <= len(bank.ids) else None,
         )
         for k, accuracy in at_k.items()
     ]

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from voc_folder import voc_folder
 
 from byol_fast import export
 from byol_fast.backbone import build_backbone
 from byol_fast.classifier import Classifier
 from byol_fast.errors import Exit
-from byol_fast.evaluate import embedding
+from byol_fast.evaluate import embedding, logistic, svm
 from byol_fast.evaluate import features as features_module
 from byol_fast.evaluate import head as heads
 from byol_fast.evaluate.__main__ import main
 from byol_fast.evaluate.pooling import Corners, with_corners
+from tests.byol_fast.voc_folder import voc_folder
 
 META = {"backbone": "resnet18", "stem": "imagenet", "hidden_layer": -1, "image_size": 64}
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
@@ -77,25 +77,27 @@ def test_svm_on_voc(weights, voc, cache, tmp_path, capsys):
     assert "features of 60 images came from the cache" in capsys.readouterr().out
 
 
-def test_low_shot_on_voc(weights, voc, cache, tmp_path, capsys):
+def test_low_shot_on_voc(weights, voc, cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(svm, "COSTS", (0.1, 1.0))  # the 19 have been through above
     words = ("--weights", weights, "--data", voc, "--cache", cache, "--jobs", 1)
     code, result = run("lowshot", *words, "--k", 1, 8, out=tmp_path / "low.json")
     text = capsys.readouterr().out
-    assert code == Exit.DONE and "k=1: 5 samples, mAP ±" in text
+    assert code == Exit.DONE and "k=1, 5 samples, mAP ±" in text
     assert "mAP 45.37 on VOC07" in text and "mAP 74.12 on VOC07" in text
-    assert "not on the test images" in text
+    assert "other samples' training images" in text
     assert set(result["k"]) == {"1", "8"} and len(result["k"]["8"]["map_of_samples"]) == 5
     assert result["k"]["8"]["map"] > result["k"]["1"]["map"] and result["k"]["1"]["map_std"] > 0
     assert "other samples" in result["cost_chosen_by"] and result["published_protocol"]
 
 
-def test_transfer_on_voc(weights, voc, cache, tmp_path, capsys):
+def test_transfer_on_voc(weights, voc, cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logistic, "MOST_STEPS", 30)
     words = ("--weights", weights, "--data", voc, "--cache", cache)
     code, result = run("transfer", *words, out=tmp_path / "t.json")
     text = capsys.readouterr().out
     assert code == Exit.DONE and "mAP11 82.5 on VOC2007 (BYOL paper, table 3" in text
     assert result["images"] == {"train": 27, "validation": 9, "test": 24}
-    assert result["figures"]["mAP11"] > 0.8 and len(result["validation"]) == 45
+    assert result["figures"]["mAP11"] > 0.7 and len(result["validation"]) == 45
     assert "VOC's val list" in result["chosen_on"]
     assert result["protocol"]["crop"] == "square" and result["protocol"]["pooling"] == "global"
     assert Classifier.load(weights, result["head"]).multi_label
@@ -106,6 +108,7 @@ def test_transfer_on_voc(weights, voc, cache, tmp_path, capsys):
 @pytest.mark.parametrize("task", ["svm", "lowshot", "transfer", "knn"])
 def test_quick_on_class_folders(weights, folders, cache, tmp_path, capsys, task):
     words = ("--weights", weights, "--data", folders, "--cache", cache, "--quick")
+    words += ("--jobs", 1) if task in ("svm", "lowshot") else ()
     code, result = run(task, *words, out=tmp_path / "q.json")
     text = capsys.readouterr().out
     assert code == Exit.DONE and "quick" in text and "published *" in text
@@ -212,21 +215,20 @@ def test_the_classifier_in_python(weights, folders, head, tmp_path, caplog):
     assert "was trained on other weights" in caplog.text
     narrow = torch.nn.Linear(5, 3)
     heads.save(narrow, tmp_path / "h", classes=classes)
-    with pytest.raises(ValueError, match="takes 5 features and .* gives 512"):
+    with pytest.raises(ValueError, match=r"takes 5 features and .* gives 512"):
         Classifier.load(weights, tmp_path / "h")
     with pytest.raises(ValueError, match="2 class names for 3 outputs"):
         Classifier(torch.nn.Flatten(), narrow, ("a", "b"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_embed_writes_features_and_names(weights, folders, tmp_path, capsys, dtype):
+def test_embed_writes_features_and_names(weights, folders, tmp_path, capsys):
     out = tmp_path / "e"
-    words = ("embed", folders, out, "--weights", weights, "--dtype", dtype)
+    words = ("embed", folders, out, "--weights", weights)
     assert run(*words)[0] == Exit.DONE
-    assert f"60 × 512 {dtype}" in capsys.readouterr().out
+    assert "60 × 512 float32" in capsys.readouterr().out
     features = np.load(out / "features.npy", allow_pickle=False)
     names = (out / "names.txt").read_text().splitlines()
-    assert features.shape == (60, 512) and features.dtype == dtype
+    assert features.shape == (60, 512) and features.dtype == np.float32
     assert len(names) == 60 and names[0].endswith("blue/0.png")
     assert np.load(out / "labels.npy").tolist() == [0] * 20 + [1] * 20 + [2] * 20
     assert (out / "classes.txt").read_text().split() == list(COLOURS)
@@ -234,17 +236,16 @@ def test_embed_writes_features_and_names(weights, folders, tmp_path, capsys, dty
     assert about["done"] == 60 and about["of"]["network"]["backbone"] == "resnet18"
     net = export.load_backbone(weights)
     expected = features_module.extract(
-        net, features_module_store(folders), image_size=64, threads=1
+        net, open_images(folders), image_size=64, threads=1
     ).features.numpy()
-    np.testing.assert_allclose(features, expected, atol=1e-5 if dtype == "float32" else 1e-2)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
     assert run(*words)[0] == Exit.DONE
     assert "all there already" in capsys.readouterr().out
-    other = {"float32": "float16", "float16": "float32"}[dtype]
-    assert run(*words[:-1], other)[0] == Exit.USAGE
+    assert run(*words, "--dtype", "float16")[0] == Exit.USAGE
     assert "name another folder" in capsys.readouterr().err
 
 
-def features_module_store(folders):
+def open_images(folders):
     from pipelines.stores import open_store
 
     return open_store(folders)
@@ -269,7 +270,7 @@ def test_embed_goes_on_and_marks_what_cannot_be_decoded(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(
             tmp_path / f"{i}.png"
         )
-    store = features_module_store(tmp_path)
+    store = open_images(tmp_path)
     cut = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(cut[:200])
     given = {"key": {"a": 1}, "image_size": 8, "batch_size": 3, "threads": 1}
@@ -284,6 +285,9 @@ def test_embed_goes_on_and_marks_what_cannot_be_decoded(tmp_path, monkeypatch):
     a, b = np.load(whole.file), np.load(rest.file)
     np.testing.assert_array_equal(a, b)
     assert math.isnan(a[2, 0]) and np.isfinite(np.delete(a, 2, axis=0)).all()
+    half = embedding.embed(Means(), store, tmp_path / "half", **given, dtype="float16")
+    assert np.load(half.file).dtype == np.float16
+    np.testing.assert_allclose(np.load(half.file), a, atol=1e-2)
     assert not (tmp_path / "out" / "labels.npy").exists()
     assert not list((tmp_path / "out").glob("*.part"))
 

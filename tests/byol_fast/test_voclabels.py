@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from voc_folder import COLOURS, voc_folder, write_annotation
 
 from byol_fast.evaluate.voclabels import open_voc, voc_root
 from pipelines.errors import DataError
+from tests.byol_fast.voc_folder import COLOURS, voc_folder, write_annotation
 
 
 @pytest.fixture

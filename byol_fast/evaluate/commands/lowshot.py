@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
     }
     notes = [
         *opened.notes(),
-        "C is chosen on the other samples' training images, not on the test images, by which "
-        "published figures choose it: those are a little higher for it",
+        "C is chosen on the other samples' training images; published figures choose it on the "
+        "test images, which can only raise them",
     ]
     if unchosen := [str(each.k) for each in outcomes if not each.cost_chosen]:
         notes.append(f"k={', '.join(unchosen)}: nothing to choose C by, so it is 1")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast import export
+from byol_fast.backbone import feature_dim
 from byol_fast.evaluate import head as heads
 from byol_fast.evaluate.features import Crop, evaluating, inference, stream
 from byol_fast.evaluate.files import Files
@@ -84,7 +85,7 @@ class Classifier(nn.Module):
         layer, classes, about = heads.load(head)
         size = image_size or about.get("image_size") or found.meta.get("image_size", 224)
         net = export.build(found, backbone=backbone, stem=stem, image_size=size)
-        width = int(net(torch.zeros(1, 3, size, size)).shape[1])
+        width = feature_dim(net, size)
         if width != layer.in_features:
             raise ValueError(
                 f"{head} takes {layer.in_features} features and {weights} gives {width}: "

@@ -74,7 +74,7 @@ def embed(
         return Embedding(
             file=final, rows=shape[0], width=shape[1], computed=0, bad=bad, seconds=0.0
         )
-    out: npt.NDArray[Any] | None = np.load(part, mmap_mode="r+") if done else None
+    out = _reopen(part, len(store)) if done else None
     said = time.perf_counter()
     for rows, batch, wrong in stream(backbone, store, start=done, **reading):
         if out is None:
@@ -135,6 +135,18 @@ def _make(path: Path, shape: tuple[int, int], dtype: str) -> npt.NDArray[Any]:
                 f"{path}: no room for {shape[0]:,} × {shape[1]} features "
                 f"({out.nbytes / 2**30:.1f} GiB): {error.strerror}"
             ) from error
+    return out
+
+
+def _reopen(path: Path, rows: int) -> npt.NDArray[Any]:
+    try:
+        out: npt.NDArray[Any] = np.load(path, mmap_mode="r+", allow_pickle=False)
+        if out.ndim != 2 or len(out) != rows:
+            raise ValueError(f"its shape is {out.shape}")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be gone on with ({error}): remove its folder, or name another"
+        ) from error
     return out
 
 

@@ -78,25 +78,32 @@ def fit(
     results = []
     for k in shots:
         drawn = [draw(train_targets, k, seed=seed, sample=s) for s in range(samples)]
-        tasks = [
-            (f"k{k:05d}-sample{s:03d}-class{c:05d}", (x, c, s, drawn, unseen, costs))
+        each = {
+            f"k{k:05d}-sample{s:03d}-class{c:05d}": (s, c)
             for s in range(samples)
             for c in range(train_targets.shape[1])
-        ]
-        done = list(run_parts(svmfit.fit_few, tasks, jobs=jobs, parts=parts, progress=progress))
-        shape = samples, train_targets.shape[1]
-        held_out = np.stack([part["held_out"] for part in done]).reshape(*shape, len(costs))
-        scores = np.stack([part["scores"] for part in done]).reshape(*shape, len(costs), -1)
-        known = held_out[~np.isnan(held_out).any(axis=2)]  # [classes and samples, costs]
+        }
+        given: dict[str, Any] = {"jobs": jobs, "parts": parts, "progress": progress}
+        fits: list[tuple[str, tuple[Any, ...]]]
+        fits = [(name, (x, c, s, drawn, costs)) for name, (s, c) in each.items()]
+        tried = run_parts(svmfit.fit_few, fits, **given)
+        held_out = np.stack([part["held_out"] for part in tried])  # [samples * C, costs]
+        known = held_out[~np.isnan(held_out).any(axis=1)]
         chosen = _choose(known, costs)
-        found = scores[:, :, chosen].transpose(0, 2, 1)  # [samples, m, C]
-        tops = [top1(test_targets, each) for each in found]
+        fits = [
+            (f"{name}-scores", (x, drawn[s][c], unseen, costs[chosen]))
+            for name, (s, c) in each.items()
+        ]
+        scored = run_parts(svmfit.score_few, fits, **given)
+        found = np.stack([part["scores"] for part in scored]).reshape(samples, -1, len(unseen))
+        found = found.transpose(0, 2, 1)  # [samples, m, C]
+        tops = [top1(test_targets, scores) for scores in found]
         results.append(
             LowShotResult(
                 k=k,
                 cost=costs[chosen],
                 cost_chosen=bool(len(known)),
-                mean_aps=[mean_precision(test_targets, each)[0] for each in found],
+                mean_aps=[mean_precision(test_targets, scores)[0] for scores in found],
                 top1s=[top for top in tops if top is not None],
                 negatives=max(len(rest) for _, rest in drawn[0]),
             )

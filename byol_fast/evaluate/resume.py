@@ -35,8 +35,9 @@ class Resume:
             state = checkpoint.latest(self.folder) if self.folder.is_dir() else None
         except CheckpointError as error:
             log.warning("training starts from the beginning: %s", error)
-            return None
+            state = None
         if state is None or state["key"] != self._key:
+            self.clear()  # else its later steps would outlive the first ones of this training
             return None
         log.warning("goes on from step %d of %s", state["step"], self.folder)
         return state

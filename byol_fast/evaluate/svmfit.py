@@ -60,26 +60,33 @@ def fit_class(x: F64, truth: Ids, unseen: F64, costs: tuple[float, ...]) -> dict
 
 
 def fit_few(
-    x: F64, c: int, sample: int, drawn: list[list[Draw]], unseen: F64, costs: tuple[float, ...]
+    x: F64, c: int, sample: int, drawn: list[list[Draw]], costs: tuple[float, ...]
 ) -> dict[str, F64]:
-    """For each C: AP on what other samples drew [costs], and scores of `unseen` [costs, m].
+    """AP of class c on what the other samples drew, for each C.
 
-    The AP is NaN where the other samples drew the same images: then nothing can be chosen by it.
+    NaN where the other samples drew the same images: then nothing can be chosen by it.
     """
-    shown, rest = drawn[sample][c]
-    rows, truth = np.concatenate([shown, rest]), np.repeat([1, -1], [len(shown), len(rest)])
+    rows, truth = _drawn_rows(drawn[sample][c])
     others = [each[c] for s, each in enumerate(drawn) if s != sample]
     tried = np.setdiff1d(np.concatenate([part for pair in others for part in pair]), rows)
     is_shown = np.isin(tried, np.concatenate([pair[0] for pair in others]))
-    held_out, scores = [], []
+    if not is_shown.any() or is_shown.all():
+        return {"held_out": np.full(len(costs), np.nan)}
     with _unconverged():
-        for cost in costs:
-            fitted = classifier(cost).fit(x[rows], truth)
-            scores.append(fitted.decision_function(unseen))
-            some = len(tried) and not is_shown.all()
-            values = fitted.decision_function(x[tried]) if some else np.zeros(len(tried))
-            held_out.append(average_precision(is_shown, values) if some else float("nan"))
-    return {"held_out": np.array(held_out), "scores": np.array(scores)}
+        scores = (classifier(c).fit(x[rows], truth).decision_function(x[tried]) for c in costs)
+        return {"held_out": np.array([average_precision(is_shown, each) for each in scores])}
+
+
+def score_few(x: F64, drawn: Draw, unseen: F64, cost: float) -> dict[str, F64]:
+    """Scores of `unseen` by the SVM that has seen one draw of one class."""
+    rows, truth = _drawn_rows(drawn)
+    with _unconverged():
+        return {"scores": classifier(cost).fit(x[rows], truth).decision_function(unseen)}
+
+
+def _drawn_rows(drawn: Draw) -> tuple[Ids, Ids]:
+    shown, rest = drawn
+    return np.concatenate([shown, rest]), np.repeat([1, -1], [len(shown), len(rest)])
 
 
 @contextmanager

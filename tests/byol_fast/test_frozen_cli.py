@@ -101,6 +101,8 @@ def test_transfer_on_voc(weights, voc, cache, tmp_path, capsys, monkeypatch):
     assert "VOC's val list" in result["chosen_on"]
     assert result["protocol"]["crop"] == "square" and result["protocol"]["pooling"] == "global"
     assert Classifier.load(weights, result["head"]).multi_label
+    code, _ = run("transfer", *words, "--test-data", tmp_path)
+    assert code == Exit.DATA and "is no VOC folder" in capsys.readouterr().err
     code, _ = run("transfer", *words, "--dataset", "pets", out=tmp_path / "no.json")
     assert code == Exit.USAGE and "images of several classes" in capsys.readouterr().err
 
@@ -181,6 +183,8 @@ def test_predict_does_the_rest_when_an_image_is_broken(weights, folders, head, t
     assert all(str(path) in said.err for path in (broken, cut, images[3]))
     entries = json.loads(said.out)
     assert entries[1]["pred_class"] == "red" and all("error" in entries[i] for i in (0, 2, 3))
+    code, _ = run("predict", broken, "--weights", weights, "--head", head)
+    assert code == Exit.DATA and "1 of 1" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     code, _ = run("predict", tmp_path / "empty", "--weights", weights, "--head", head)
     assert code == Exit.DATA and "holds no images" in capsys.readouterr().err
@@ -290,6 +294,11 @@ def test_embed_goes_on_and_marks_what_cannot_be_decoded(tmp_path, monkeypatch):
     np.testing.assert_allclose(np.load(half.file), a, atol=1e-2)
     assert not (tmp_path / "out" / "labels.npy").exists()
     assert not list((tmp_path / "out").glob("*.part"))
+    with pytest.raises(KeyboardInterrupt):
+        embedding.embed(Means(6), store, tmp_path / "cut", **given)
+    (tmp_path / "cut" / "features.npy.part").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be gone on with"):
+        embedding.embed(Means(), store, tmp_path / "cut", **given)
 
 
 def test_embed_on_a_full_disk_is_an_error_not_a_crash(tmp_path, monkeypatch):

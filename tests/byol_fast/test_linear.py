@@ -106,8 +106,10 @@ def test_a_training_that_was_killed_ends_with_the_same_weights(tmp_path, monkeyp
 
     whole, steps, step = run(), [], head_module.HeadTrainer.step
 
+    last = 7
+
     def dies(self, *batch):
-        if len(steps) == 7:
+        if len(steps) == last:
             raise KeyboardInterrupt
         steps.append(batch)
         step(self, *batch)
@@ -123,11 +125,17 @@ def test_a_training_that_was_killed_ends_with_the_same_weights(tmp_path, monkeyp
     assert again.final_loss == whole.final_loss and again.top1 == whole.top1
     done = run(tmp_path / "r")  # only the test was left
     assert len(steps) == 10 and torch.equal(done.head.weight, whole.head.weight)
-    run(tmp_path / "r", key="b")  # another training
+    last = 13
+    monkeypatch.setattr(head_module.HeadTrainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", key="b")  # another training starts anew, and is kept as well
+    monkeypatch.setattr(head_module.HeadTrainer, "step", lambda *a: steps.append(a) or step(*a))
+    assert torch.equal(run(tmp_path / "r", key="b").head.weight, whole.head.weight)
     assert len(steps) == 20
     for path in (tmp_path / "r").glob("*.pt"):
         path.write_bytes(b"damaged")
     assert torch.equal(run(tmp_path / "r", key="b").head.weight, whole.head.weight)
+    assert len(steps) == 30
     Resume(tmp_path / "r", {}).clear()
     assert not (tmp_path / "r").exists()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from byol_fast.evaluate import record
 from byol_fast.evaluate.commands import common
+from pipelines.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,7 +122,7 @@ class Frozen:
         """The protocol's name in the table."""
         if self.args.quick:
             return f"quick {protocol} (not a published protocol)"
-        return protocol if self.as_published else f"{protocol}, features pooled to one"
+        return protocol if self.as_published else f"{protocol}, on the network's own features"
 
     def described(self) -> dict[str, Any]:
         """What the features are, for the result file."""
@@ -162,9 +163,13 @@ def open_frozen(args: argparse.Namespace, *, crop: Crop, corners: bool = False) 
     network = common.open_network(args)
     labelled: Labelled
     if (root := voclabels.voc_root(args.data)) is not None:
-        labelled = voclabels.open_voc(
-            root, voclabels.voc_root(args.test_data) if args.test_data else None
-        )
+        test_root = voclabels.voc_root(args.test_data) if args.test_data else None
+        if args.test_data and test_root is None:
+            raise DataError(
+                f"{args.test_data} is no VOC folder, and --data is one: name the folder that has "
+                "Annotations, ImageSets and JPEGImages"
+            )
+        labelled = voclabels.open_voc(root, test_root)
     else:
         labelled = common.open_labelled(args)
     return Frozen(

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
 
     network = common.open_network(args)
     labelled = common.open_labelled(args)
-    where = record.result_path(args.out, network.weights, "knn", labelled.test.fingerprint)
+    name = "knn-quick" if args.quick else "knn"
+    where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
     parts = [(labelled.train, "bank"), (labelled.test, "queries")]
     if args.quick:
         most = {"bank": QUICK_BANK, "queries": QUICK_QUERIES}
@@ -57,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
     usual = args.temperature == published.KNN_TEMPERATURE and not args.quick
     rate = common.rate_of(bank, queries)
     whole = f" (all {len(bank.ids)} there are)"
-    name = f"kNN, T={args.temperature:g}"
+    protocol = f"kNN, T={args.temperature:g}"
     if args.quick:
-        name = f"quick (at most {QUICK_BANK:,} neighbours) {name}"
+        protocol = f"quick (at most {QUICK_BANK:,} neighbours) {protocol}"
     rows = [
         Row(
-            protocol=f"{name}, k={k}{whole if k > len(bank.ids) else ''}",
+            protocol=f"{protocol}, k={k}{whole if k > len(bank.ids) else ''}",
             figures={"top-1": accuracy},
             images_per_second=rate,
             published=published.KNN.get(k) if usual and k <= len(bank.ids) else None,

@@ -7,6 +7,7 @@ import argparse
 from byol_fast.evaluate import published, record
 from byol_fast.evaluate.commands import common, frozen
 from byol_fast.evaluate.table import Row
+from pipelines.errors import DataError
 
 QUICK_SHOTS, QUICK_SAMPLES = (1, 4, 16), 2
 
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     targets = opened.targets("train", train)
     rarest = lowshot.smallest_class(targets)
     shots = tuple(sorted(set(args.k))) if args.k else tuple(k for k in usual if k <= rarest)
+    if not shots:
+        raise DataError("a class has no training image that shows it plainly: low-shot needs some")
     outcomes = lowshot.fit(
         train.features.numpy(),
         targets,

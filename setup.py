@@ -34,7 +34,7 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.4"],
     "dali-cuda12": ["nvidia-dali-cuda120>=2.4"],
     "ffcv": ["ffcv>=1.0.2"],  # compiled on the spot: launch/install_ffcv.sh brings the libraries
-    "detect": ["pycocotools>=2.0.8"],  # COCO's masks and metric
+    "evaluate": ["scikit-learn>=1.4", "pycocotools>=2.0.8"],  # SVMs; COCO's masks and metric
     "wandb": ["wandb>=0.17"],
     "quickstart": ["scikit-image>=0.24"],  # its wheel holds free photographs
     "dev": [
@@ -43,7 +43,7 @@ EXTRAS = {
         "pytest>=8.0",
         "ruff>=0.9",
         "scikit-image>=0.24",
-        "scikit-learn>=1.4",  # the tests compare kNN with it
+        "scikit-learn>=1.4",  # SVMs; the tests compare kNN with it
         "setuptools>=68",
         "types-PyYAML",
         "wheel",

@@ -15,7 +15,7 @@ METHOD = [
 LIGHT = ["config", "recipes", "cli", "flags", "arguments", "errors", "_version"]
 
 # Packages that an installation may lack, and the files that exist to use them.
-OPTIONAL = {"nvidia", "ffcv", "numba", "llvmlite", "apex", "wandb", "triton"}
+OPTIONAL = {"nvidia", "ffcv", "numba", "llvmlite", "apex", "wandb", "triton", "sklearn", "joblib"}
 BACKENDS = {
     f"pipelines/sources/{module}.py"
     for module in ("dali_source", "dali_graph", "ffcv_source", "ffcv_kernel", "ffcv_library")

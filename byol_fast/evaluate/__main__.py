@@ -19,11 +19,16 @@ from pipelines.errors import DataError, MissingBackend
 TASKS = {  # name -> what it does; the module in `commands/` has the same name
     "knn": "weighted k nearest neighbours, nothing is trained",
     "linear": "a linear classifier on the frozen network",
+    "svm": "linear SVMs, one a class (VOC07, or any labelled images)",
+    "lowshot": "the same from few images of each class",
+    "transfer": "logistic regression, its penalty chosen on validation images",
     "mhead": "linear classifiers on the stem and the four stages of a ResNet",
     "semi": "fine-tuning with 1% or 10% of the labels",
-    "finetune": "transfer: fine-tuning the whole network on a labelled set",
+    "finetune": "fine-tuning the whole network on another labelled set",
     "detect": "a detector fine-tuned from the network: VOC07+12, COCO",
     "segment": "a segmenter fine-tuned from the network: VOC12, Cityscapes",
+    "predict": "class and score of images, by a classifier that linear or transfer saved",
+    "embed": "features of a folder of images as .npy",
     "table": "results that were written before, as one table",
 }
 PROGRAM = "python -m byol_fast.evaluate"

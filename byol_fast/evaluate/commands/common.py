@@ -13,7 +13,9 @@ from byol_fast.evaluate.table import Row, render
 if TYPE_CHECKING:
     import torch
 
+    from byol_fast.evaluate.cache import FeatureCache
     from byol_fast.evaluate.data import Labelled
+    from byol_fast.evaluate.features import Features
     from byol_fast.export import Weights
     from pipelines.spec import AugmentSpec
 
@@ -46,6 +48,18 @@ def data_flags(parser: argparse.ArgumentParser) -> None:
     out_flag(parser)
 
 
+def cache_flags(parser: argparse.ArgumentParser) -> None:
+    """Where features are kept."""
+    add = parser.add_argument
+    add("--cache", type=Path, metavar="DIR", help="keep features there; else beside the weights")
+    add("--no-cache", action="store_true", help="compute all features, and keep nothing")
+
+
+def quick_flag(parser: argparse.ArgumentParser) -> None:
+    """A short run for trying."""
+    parser.add_argument("--quick", action="store_true", help="a short run; not the protocol")
+
+
 def out_flag(parser: argparse.ArgumentParser) -> None:
     """Where the result goes."""
     parser.add_argument("--out", type=Path, help="result file; else JSON beside the weights")
@@ -75,6 +89,12 @@ class Network:
             "progress": True,
         }
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Those of `reading` that decide the features: the arguments of `FeatureCache.key`."""
+        names = ("image_size", "spec", "device", "backend")
+        return {name: self.reading[name] for name in names}
+
 
 def open_network(args: argparse.Namespace) -> Network:
     """The network of `--weights`.
@@ -88,7 +108,7 @@ def open_network(args: argparse.Namespace) -> Network:
     from byol_fast import export
 
     weights = export.read_weights(args.weights)
-    device = _device(args.device)
+    device = device_of(args.device)
     backbone = export.build(
         weights,
         backbone=args.backbone,
@@ -105,6 +125,34 @@ def open_network(args: argparse.Namespace) -> Network:
         threads=args.threads,
         backend=args.backend,
     )
+
+
+def open_cache(args: argparse.Namespace, network: Network) -> FeatureCache:
+    """Where features of this network are kept: `--cache`, else `feature-cache` by the weights."""
+    from byol_fast.evaluate.cache import FeatureCache
+
+    weights = network.weights
+    beside = weights.file.with_name("feature-cache")
+    described = {
+        "weights": weights.sha256,
+        "backbone": args.backbone or weights.meta.get("backbone"),
+        "stem": args.stem or weights.meta.get("stem", "imagenet"),
+        "hidden_layer": weights.meta.get("hidden_layer", -1),
+    }
+    return FeatureCache(root=None if args.no_cache else args.cache or beside, network=described)
+
+
+def rate_of(*features: Features) -> float | None:
+    """Images/s of reading and network; None where all of them came from a cache."""
+    seconds = sum(each.seconds for each in features)
+    computed = sum(each.computed for each in features)
+    return computed / seconds if computed and seconds else None
+
+
+def from_cache(*features: Features) -> list[str]:
+    """A note where features were not computed now."""
+    stored = sum(each.stored for each in features)
+    return [f"features of {stored} images came from the cache"] if stored else []
 
 
 def open_labelled(args: argparse.Namespace) -> Labelled:
@@ -146,7 +194,8 @@ def left_out(images: int) -> list[str]:
     return [f"{images} images could not be decoded and are left out"] if images else []
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names; ValueError where there is none."""
     import torch
 
     if name == "auto":

@@ -1,6 +1,6 @@
 """Boxes and masks in COCO's layout: `annotations/instances_NAME.json` and images in `NAME/`.
 
-pycocotools decodes masks and counts the metric; the extra `detect` brings it.
+pycocotools decodes masks and counts the metric; the extra `evaluate` brings it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def need_pycocotools() -> None:
         import pycocotools.mask  # noqa: F401
     except ImportError as error:
         raise MissingBackend(
-            "COCO's masks and metric need pycocotools: pip install byol-fast[detect]"
+            "COCO's masks and metric need pycocotools: pip install byol-fast[evaluate]"
         ) from error
 
 

@@ -60,6 +60,7 @@ setup(
     packages=[
         "byol_fast",
         "byol_fast.evaluate",
+        "byol_fast.interop",
         "byol_fast.report",
         "pipelines",
         "pipelines.augment",

@@ -100,7 +100,9 @@ def import_file(
     target = _without_suffix(Path(out))
     files: tuple[Path, ...] = export.export_backbone(net, target, meta)
     if model is not None:
-        extra: dict[str, Any] = {key: meta[key] for key in ("mean", "std", "padding", "source") if key in meta}
+        extra: dict[str, Any] = {
+            key: meta[key] for key in ("mean", "std", "padding", "source") if key in meta
+        }
         files = (*files, state.save(model, target, extra))
     return Imported(found, files, meta, tuple(_notes(found, meta, full)))
 

@@ -50,6 +50,7 @@ _HARM = {
     *("os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "ctypes", "runpy"),
     *("importlib", "webbrowser", "multiprocessing", "pickle", "_pickle", "code", "urllib"),
     *("marshal", "operator", "requests", "tempfile", "pathlib", "io", "_io", "pip"),
+    *("commands", "popen2", "cPickle", "urllib2"),  # Python 2's, which protocols 0 to 2 write
 }
 _HARMLESS = {
     *("set", "frozenset", "list", "dict", "tuple", "slice", "range", "complex", "bytearray"),

@@ -17,8 +17,11 @@ def shake(module: nn.Module, seed: int = 1) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in module.state_dict().values():
-            if value.is_floating_point():
-                value.add_(0.05 * torch.rand(value.shape, generator=generator))
+            noise = torch.rand(value.shape, generator=generator)
+            if value.dim() > 1:
+                value.mul_(1 + 0.2 * noise)
+            elif value.is_floating_point():
+                value.add_(0.05 * noise)
     return module
 
 

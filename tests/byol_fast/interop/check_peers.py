@@ -1,6 +1,6 @@
 """Import and export against modules that the test environment does not have; run by hand.
 
-    python tests/byol_fast/interop/check_peers.py [mmpretrain] [solo-learn] [deepmind] [--write-keys]
+    python tests/byol_fast/interop/check_peers.py mmpretrain solo-learn deepmind [--write-keys]
 
 mmpretrain 1.2, solo-learn and dm-haiku need an environment of their own (docs/interop.md says
 which packages). For each: weights are made by the real module, imported here, and give the same
@@ -40,8 +40,11 @@ def shake(module: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in module.state_dict().values():
-            if value.is_floating_point():
-                value.add_(0.05 * torch.rand(value.shape, generator=generator))
+            noise = torch.rand(value.shape, generator=generator)
+            if value.dim() > 1:
+                value.mul_(1 + 0.2 * noise)
+            elif value.is_floating_point():
+                value.add_(0.05 * noise)
 
 
 def compare(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -52,7 +55,7 @@ def compare(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def write_keys(name: str, made_with: str, shapes: Any) -> None:
-    text = json.dumps({"made_with": made_with, "shapes": shapes}, indent=0)
+    text = json.dumps({"made_with": made_with, "shapes": shapes}).replace("], ", "],\n")
     (KEYS / f"{name}.json").write_text(text + "\n")
 
 
@@ -66,18 +69,17 @@ def mmpretrain(folder: Path, renew: bool) -> None:
 
     neck = {"type": "NonLinearNeck", "num_layers": 2, "with_bias": True, "with_last_bn": False}
     predictor = {**neck, "in_channels": 32, "hid_channels": 64, "out_channels": 32}
-    model = MODELS.build(
-        {
-            "type": "BYOL",
-            "backbone": {"type": "ResNet", "depth": 18, "norm_cfg": {"type": "BN"}},
-            "neck": {**predictor, "in_channels": 512, "with_avg_pool": True},
-            "head": {
-                "type": "LatentPredictHead",
-                "loss": {"type": "CosineSimilarityLoss"},
-                "predictor": {**predictor, "with_avg_pool": False},
-            },
-        }
-    )
+    config = {
+        "type": "BYOL",
+        "backbone": {"type": "ResNet", "depth": 18, "norm_cfg": {"type": "BN"}},
+        "neck": {**predictor, "in_channels": 512, "with_avg_pool": True},
+        "head": {
+            "type": "LatentPredictHead",
+            "loss": {"type": "CosineSimilarityLoss"},
+            "predictor": {**predictor, "with_avg_pool": False},
+        },
+    }
+    model = MODELS.build(config)
     shake(model)
     model.eval()
     from mmengine.config import ConfigDict
@@ -112,18 +114,7 @@ def mmpretrain(folder: Path, renew: bool) -> None:
                 features,
             )
     export_file(folder / "online.byol.safetensors", folder / "back", "mmpretrain")
-    fresh = MODELS.build(
-        {
-            "type": "BYOL",
-            "backbone": {"type": "ResNet", "depth": 18, "norm_cfg": {"type": "BN"}},
-            "neck": {**predictor, "in_channels": 512, "with_avg_pool": True},
-            "head": {
-                "type": "LatentPredictHead",
-                "loss": {"type": "CosineSimilarityLoss"},
-                "predictor": {**predictor, "with_avg_pool": False},
-            },
-        }
-    ).eval()
+    fresh = MODELS.build(config).eval()
     fresh.load_state_dict(torch.load(folder / "back.pth")["state_dict"], strict=True)
     compare("byol_fast → mmpretrain, online", theirs(fresh.backbone), expected["online"])
     compare(
@@ -242,7 +233,12 @@ def deepmind(folder: Path, renew: bool) -> None:
         params, state = init(jax.random.PRNGKey(seed), pixels, True)
         rng = np.random.default_rng(seed)
         params, state = jax.tree_util.tree_map(
-            lambda v, rng=rng: v + 0.05 * rng.random(v.shape).astype(v.dtype), (params, state)
+            lambda v, rng=rng: (
+                v * (1 + 0.2 * rng.random(v.shape).astype(np.float32))
+                if v.dtype == np.float32 and max(v.shape[:3], default=1) > 1
+                else v + 0.05 * rng.random(v.shape).astype(v.dtype)
+            ),
+            (params, state),
         )
         features = apply(params, state, pixels, False)[0][0]
         nets[name] = (params, state, torch.from_numpy(np.array(features)))

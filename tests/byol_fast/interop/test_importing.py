@@ -162,7 +162,7 @@ def test_what_is_missing_or_unexpected_is_named(tmp_path, parts):
     state = flat("mmpretrain", parts)
     del state["neck.fc0.weight"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="not hold a whole BYOL model .projector: a head of 1"):
+    with pytest.raises(ValueError, match=r"whole BYOL model .projector: a head of 1"):
         import_file(tmp_path / "x.pth", tmp_path / "bad", full=True)
     torch.save(flat("vissl", parts), tmp_path / "x.pth")
     with pytest.raises(ValueError, match="holds no target backbone"):
@@ -172,14 +172,14 @@ def test_what_is_missing_or_unexpected_is_named(tmp_path, parts):
 
 def test_unknown_files_are_refused(tmp_path):
     torch.save({"encoder.block.weight": torch.ones(2)}, tmp_path / "vit.pth")
-    with pytest.raises(CheckpointError, match="no layout known here .encoder.block.weight"):
+    with pytest.raises(CheckpointError, match=r"no layout known here .encoder.block.weight"):
         networks.read(tmp_path / "vit.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(CheckpointError, match=r"no state dict.*epoch"):
         networks.read(tmp_path / "empty.pth")
     with pytest.raises(CheckpointError, match="no state dict"):
         networks.read(tmp_path / "empty.pth", "lightly")
-    with pytest.raises(ValueError, match="no key begins with online_encoder.net"):
+    with pytest.raises(ValueError, match=r"no key begins with online_encoder.net"):
         networks.read(tmp_path / "vit.pth", "lucidrains")
     with pytest.raises(ValueError, match="unknown layout 'moco'"):
         networks.read(tmp_path / "vit.pth", "moco")
@@ -257,6 +257,7 @@ def test_byol_pytorch_s_learner(tmp_path):
         projection_size=12,
         projection_hidden_size=24,
         sync_batchnorm=False,
+        use_simplicial_embeddings=False,
     )
     learner(torch.randn(2, 3, SIZE, SIZE))  # makes projector and target
     shake(learner).eval()
@@ -273,6 +274,22 @@ def test_byol_pytorch_s_learner(tmp_path):
         torch.testing.assert_close(model.online(images)[1], projection)
         torch.testing.assert_close(model.online(images)[0], learner.online_predictor(projection))
         torch.testing.assert_close(model.target(images), learner.target_encoder(images)[0])
+
+
+def test_byol_pytorch_s_simplicial_projector_is_said_to_be_another(tmp_path, parts):
+    state = flat("byol-pytorch", parts)
+    for key in [key for key in state if ".projector." in key]:
+        state[key.replace(".projector.", ".projector.2.")] = state.pop(key)
+    for encoder in ("online_encoder", "target_encoder"):  # its default since 0.9: embedder first
+        state[f"{encoder}.projector.0.0.weight"] = torch.ones(4, 512)
+        state[f"{encoder}.projector.0.1.running_mean"] = torch.ones(4)
+    torch.save(state, tmp_path / "x.pt")
+    found = networks.read(tmp_path / "x.pt")
+    assert found.problems.keys() == {"projector", "target_projector"}
+    assert "3 linear layers" in found.problems["projector"]
+    assert import_file(tmp_path / "x.pt", tmp_path / "out").meta["backbone"] == "resnet18"
+    with pytest.raises(ValueError, match="3 linear layers"):
+        import_file(tmp_path / "x.pt", tmp_path / "out", full=True)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -154,7 +154,9 @@ def _numpy(name: str, args: tuple[Any, ...]) -> Any:
 def _shaped(data: Any, dtype: DType, shape: Any, order: str) -> np.ndarray[Any, Any]:
     if isinstance(data, str):  # protocols 0 to 2 of Python 2
         data = data.encode("latin-1")
-    flat = np.frombuffer(bytes(data), dtype=dtype.dtype)
+    if not isinstance(data, bytes | bytearray):
+        raise Refused("its pickle is damaged (an array without bytes)")
+    flat = np.frombuffer(data, dtype=dtype.dtype)
     whole = flat.reshape([int(n) for n in shape], order="F" if order == "F" else "C")
     native = whole.astype(dtype.dtype.newbyteorder("="), copy=False)
     return np.array(native, order="C")  # a copy of its own, writable

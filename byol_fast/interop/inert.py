@@ -45,18 +45,21 @@ class Refused(CheckpointError):
     """The pickle is damaged, or asks for something that no weights file needs."""
 
 
-# Said aloud when met. Safety does not rest on this list: whatever is not on it is not run either.
-_HARM = {
+# Said aloud when met. Safety does not rest on these lists: what is not on them is not run either.
+# (getattr is not: mmengine's history buffers pickle their methods with it.)
+_HARMFUL_MODULES = {
     *("os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "ctypes", "runpy"),
-    *("importlib", "webbrowser", "multiprocessing", "pickle", "_pickle", "code", "urllib"),
-    *("marshal", "operator", "requests", "tempfile", "pathlib", "io", "_io", "pip"),
-    *("commands", "popen2", "cPickle", "urllib2"),  # Python 2's, which protocols 0 to 2 write
+    *("importlib", "webbrowser", "marshal", "pip"),
+    *("commands", "popen2"),  # Python 2's subprocess, as protocols 0 to 2 call it
 }
-_HARMLESS = {
-    *("set", "frozenset", "list", "dict", "tuple", "slice", "range", "complex", "bytearray"),
-    *("object", "int", "float", "str", "bytes", "bool", "type", "NoneType", "Ellipsis"),
+_HARMFUL = {
+    *(
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in ("eval", "exec", "execfile", "compile", "open", "__import__", "breakpoint")
+    ),
+    *("io.open", "_io.open", "io.FileIO", "_io.FileIO", "io.open_code"),
 }
-_HARMLESS_OF = {"pathlib": ("Path", "PosixPath", "PurePath", "PurePosixPath", "WindowsPath")}
 _MARK = object()
 
 Reduce = Callable[[Name, tuple[Any, ...]], Any]
@@ -247,11 +250,10 @@ def named(module: str, attribute: str) -> Name:
     Raises:
         Refused: it would, if this were Python's unpickler.
     """
-    root = module.partition(".")[0]
-    builtin = root in ("builtins", "__builtin__") and attribute not in _HARMLESS
-    if builtin or (root in _HARM and attribute not in _HARMLESS_OF.get(root, ())):
+    name = f"{module}.{attribute}"
+    if name in _HARMFUL or module.partition(".")[0] in _HARMFUL_MODULES:
         raise Refused(
-            f"its pickle asks to run {module}.{attribute}, which no weights file needs: it may "
+            f"its pickle asks to run {name}, which no weights file needs: it may "
             "have been made to do harm; do not open it with other programs either"
         )
     return Name(module, attribute)
@@ -274,6 +276,8 @@ def _containers(of: Name, args: tuple[Any, ...]) -> Any:
             return frozenset(*args)
         case "builtins.list" | "__builtin__.list":
             return list(*args)
+        case "builtins.bytes" | "__builtin__.bytes" if not args:
+            return b""  # how protocols below 3 write empty bytes
         case "builtins.tuple" | "torch.Size":
             return tuple(*args)
         case "_codecs.encode" if len(args) == 2 and args[1] in ("latin1", "latin-1"):

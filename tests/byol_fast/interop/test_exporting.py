@@ -34,8 +34,9 @@ def whole(tmp_path_factory):
     return model.eval(), path
 
 
-@pytest.mark.parametrize("network", ["online", "target"])
-@pytest.mark.parametrize("layout", BACKBONES)
+@pytest.mark.parametrize(
+    ("layout", "network"), [*((layout, "online") for layout in BACKBONES), ("timm", "target")]
+)
 def test_backbones_come_back_bitwise(tmp_path, whole, layout, network):
     model, source = whole
     own = (model.online.encoder if network == "online" else model.target).backbone.state_dict()
@@ -48,11 +49,10 @@ def test_backbones_come_back_bitwise(tmp_path, whole, layout, network):
     assert again.keys() | counters == own.keys()
     assert (again.keys() >= counters) == (layout != "detectron2")
     assert all(again[key].equal(own[key]) for key in again)
-    done = import_file(path, tmp_path / "again", image_size=SIZE)
-    assert torch.equal(
-        features_of(load_backbone(done.files[0])),
-        features_of((model.online.encoder if network == "online" else model.target).backbone),
-    )
+    if layout == "detectron2":
+        done = import_file(path, tmp_path / "again", image_size=SIZE)
+        expected = features_of(model.online.encoder.backbone)
+        assert torch.equal(features_of(load_backbone(done.files[0])), expected)
 
 
 @pytest.mark.parametrize("layout", MODELS)

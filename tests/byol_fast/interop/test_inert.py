@@ -35,6 +35,7 @@ def test_benign_objects_do_not_hinder_the_tensors(tmp_path, zipped):
         "state_dict": collections.OrderedDict(WEIGHTS),
         "args": argparse.Namespace(lr=0.1, out=tmp_path),
         "config": Config(depth=50),
+        "method": Config(depth=50).keys,  # mmengine's history buffers hold such: builtins.getattr
         "best": np.float64(71.5),
         "array": np.arange(6, dtype=">i4").reshape(2, 3),
         "epoch": 7,
@@ -56,6 +57,7 @@ def test_benign_objects_do_not_hinder_the_tensors(tmp_path, zipped):
 @pytest.mark.parametrize("protocol", range(6))
 def test_arrays_of_every_protocol(tmp_path, protocol):
     pairs = {"w": np.random.default_rng(0).random((2, 3)), "f": np.asfortranarray(np.eye(3))}
+    pairs["empty"] = np.zeros((0, 2))
     tree = {**pairs, "n": np.int64(4), "set": {1, 2}, "t": (1, 2.5, None, True), "s": "ä" * 300}
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(tree, protocol=protocol))
     found = files.read(tmp_path / "x.pkl")
@@ -82,11 +84,10 @@ def harmful(target):
         "system": Runs(os.system, f"touch {target}"),
         "popen": Runs(subprocess.Popen, ["touch", str(target)]),
         "eval": Runs(eval, f"open({str(target)!r}, 'w')"),
-        "getattr": Runs(getattr, "text", "upper"),
     }
 
 
-@pytest.mark.parametrize("kind", ["open", "system", "popen", "eval", "getattr"])
+@pytest.mark.parametrize("kind", ["open", "system", "popen", "eval"])
 @pytest.mark.parametrize("how", ["zip", "old", "pickle"])
 def test_harm_is_refused_and_not_done(tmp_path, kind, how):
     target, path = tmp_path / "executed", tmp_path / "evil.pth"

@@ -145,8 +145,6 @@ def read_weights(path: Path | str) -> Weights:
             f"{path} holds a {type(content).__name__} {found}, not a state dict. "
             + (_foreign(path) or "Save the backbone's own state_dict()")
         )
-    if hint := _foreign(path, content):
-        raise CheckpointError(f"{path} holds the weights of another project. {hint}")
     return Weights(path, content, {})
 
 
@@ -162,6 +160,9 @@ def build(
     """The network of `weights`; see `load_backbone`."""
     meta = weights.meta
     backbone = meta.get("backbone") if backbone is None else backbone
+    own_module = isinstance(backbone, nn.Module)  # whose keys are its own affair
+    if not meta and not own_module and (hint := _foreign(weights.file, weights.tensors)):
+        raise CheckpointError(f"{weights.file} holds the weights of another project. {hint}")
     if backbone is None:
         raise ValueError(
             f"{weights.file} does not say which network it belongs to: give its torchvision name "

@@ -33,7 +33,7 @@ def describe(found: Networks, *, keys: bool = False) -> str:
         ("unknown", found.unknown),
     ):
         if names:
-            lines.append(f"{title:<10}{len(names)} keys: {_listed(names, all_of=keys)}")
+            lines.append(f"{title:<10}{len(names)}: {_listed(names, all_of=keys)}")
     if found.opaque:
         lines.append(f"objects   {', '.join(found.opaque)} (read as data, nothing executed)")
     lines.append(f"import    {command(found.file)}")

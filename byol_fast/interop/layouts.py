@@ -127,7 +127,7 @@ LAYOUTS = (
         "detectron2's ResNet",
         ("", "", ""),
         ("", ""),
-        (("stem.conv1.", "res2."), ("backbone.bottom_up.stem.",)),
+        (("stem.conv1.", "res2."),),
     ),
     _layout(
         "torchvision",

@@ -159,8 +159,8 @@ def test_detectron2_s_file(tmp_path, whole):
     assert not any(key.startswith("fc") for key in arrays)
 
 
-@pytest.mark.parametrize("padding", ["symmetric", "same"])
-def test_onnx_gives_the_same_features_for_any_batch(tmp_path, whole, padding):
+def test_onnx_gives_the_same_features_for_any_batch(tmp_path, whole):
+    padding = "same"  # the harder one: it depends on the image's size
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     import onnx

@@ -70,6 +70,13 @@ def test_loading_a_foreign_file_says_how_to_import_it(foreign, tmp_path, capsys,
     torch.save(plain, tmp_path / "plain.pth")
     with pytest.raises(CheckpointError, match=r"another project.*byol-pytorch; import it first"):
         load_backbone(tmp_path / "plain.pth", backbone="resnet18")
+    own = torch.nn.Sequential()  # a module of one's own may call its layers as it likes
+    own.add_module("backbone", torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()))
+    own.add_module("classifier", torch.nn.LazyLinear(2))
+    expected = own(torch.ones(1, 3, 8, 8))
+    torch.save(own.state_dict(), tmp_path / "own.pth")
+    loaded = load_backbone(tmp_path / "own.pth", backbone=own, image_size=8)
+    assert torch.equal(loaded(torch.ones(1, 3, 8, 8)), expected)
     (tmp_path / "data").mkdir()
     words = ["knn", "--weights", str(foreign), "--data", str(tmp_path / "data")]
     assert evaluate(words) == Exit.NO_CHECKPOINT

@@ -35,16 +35,24 @@ EXTRAS = {
     "dali-cuda12": ["nvidia-dali-cuda120>=2.4"],
     "ffcv": ["ffcv>=1.0.2"],  # compiled on the spot: launch/install_ffcv.sh brings the libraries
     "evaluate": ["scikit-learn>=1.4", "pycocotools>=2.0.8"],  # SVMs; COCO's masks and metric
+    "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],  # interop export --to onnx
     "wandb": ["wandb>=0.17"],
     "quickstart": ["scikit-image>=0.24"],  # its wheel holds free photographs
     "dev": [
+        "byol-pytorch>=0.9",  # weights and features are compared with other packages' own
+        "lightly>=1.6",
         "mypy>=1.10",
+        "onnx>=1.16",
+        "onnxruntime>=1.18",
+        "onnxscript>=0.2",
         "pycocotools>=2.0.8",
         "pytest>=8.0",
+        "pytest-xdist>=3.5",  # half the time on two cores
         "ruff>=0.9",
         "scikit-image>=0.24",
         "scikit-learn>=1.4",  # SVMs; the tests compare kNN with it
         "setuptools>=68",
+        "timm>=1.0",
         "types-PyYAML",
         "wheel",
     ],
@@ -64,6 +72,7 @@ setup(
         "byol_fast.evaluate",
         "byol_fast.evaluate.commands",
         "byol_fast.evaluate.dense",
+        "byol_fast.interop",
         "byol_fast.report",
         "pipelines",
         "pipelines.augment",

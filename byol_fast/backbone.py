@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from byol_fast.groupnorm import to_group_norm
 from byol_fast.norm import convert
+from byol_fast.padding import Padding, set_padding
 
 Norm = Literal["batch", "group-ws"]
 Stem = Literal["imagenet", "cifar"]
@@ -60,6 +61,7 @@ def build_backbone(
     image_size: int = 224,
     views: int = 1,
     norm: Norm = "batch",
+    padding: Padding = "symmetric",
 ) -> nn.Module:
     """A module from [N, 3, S, S] to features [N, F].
 
@@ -69,6 +71,7 @@ def build_backbone(
     stem: "cifar" gives a ResNet a 3×3 first convolution of stride 1 and no max-pool.
     hidden_layer: -1 for what the module puts out; otherwise a layer's name, or its index among
         the children (-2: the last but one). The layer's output is flattened from dimension 1.
+    padding: what a ResNet trained elsewhere saw at the borders; see `padding.py`.
     views: above 1, BatchNorm layers become `ViewBatchNorm` with that many views, weights kept.
     norm: "group-ws" puts GroupNorm in BatchNorm's place and standardises the weights before it.
 
@@ -79,6 +82,10 @@ def build_backbone(
         raise ValueError(f"norm is batch or group-ws, got {norm!r}")
     if isinstance(backbone, str):
         net = _torchvision(backbone, stem, image_size)
+        if padding != "symmetric":
+            if not _is_resnet(net):
+                raise ValueError(f"padding {padding} is for ResNets, not for {backbone!r}")
+            set_padding(net, padding)
         # A ResNet's pooled output is what is left once fc is off: no hook needed for it.
         if hidden_layer in (-1, -2, "avgpool") and (hidden_layer == -1 or _is_resnet(net)):
             hidden_layer = -1

@@ -12,6 +12,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from byol_fast.evaluate.dense import detector, fcn, recipes
 from byol_fast.evaluate.dense.detect import loss_of
+from byol_fast.padding import set_padding
 from tests.byol_fast.dense_data import thin_resnet
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -136,6 +137,17 @@ def test_the_small_stem_has_another_stride():
     model = build(C4, net)
     assert model.roi_heads.box_roi_pool.strides == (4,)
     assert loss_of(model.train(), torch.device("cpu"), [sample()] * 2).isfinite()
+
+
+def test_same_padding_changes_no_stride_and_no_size():
+    net = thin_resnet()
+    set_padding(net, "same")
+    model = build(C4, net)
+    assert model.roi_heads.box_roi_pool.strides == (16,)
+    net = thin_resnet()
+    set_padding(net, "same")
+    with torch.no_grad():
+        assert segmenter(net=net).eval()(torch.zeros(1, 3, 64, 64))[0].shape[2:] == (8, 8)
 
 
 def test_dilation_is_torchvision_s():

@@ -204,5 +204,5 @@ def _fpn(net: ResNet, classes: int, recipe: DetectionRecipe, sizes: dict[str, An
 
 def _first_stride(net: ResNet) -> int:
     """Pixels between neighbours after layer 1: 4, or 1 with the stem for small images."""
-    pooled = 2 if isinstance(net.maxpool, nn.MaxPool2d) else 1
+    pooled = 1 if isinstance(net.maxpool, nn.Identity) else 2
     return int(net.conv1.stride[0]) * pooled

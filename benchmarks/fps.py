@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a chec
 
 import torch
 
-from benchmarks import chart_fps, hardware, optimizers, stepping
+from benchmarks import chart_fps, commands, hardware, optimizers, stepping
 from benchmarks.conditions import as_json, conditions, write
-from benchmarks.stepping import FORWARDS_OF_AN_IMAGE, StepSettings
+from benchmarks.stepping import FORWARDS_OF_AN_IMAGE
 from byol_fast import distributed
 from byol_fast.distributed import World
 from pipelines.errors import DataError
@@ -38,19 +38,11 @@ TARGET = 5408 / 8  # mmpretrain's linear evaluation of BYOL ResNet-50: 5408 imag
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line; sizes that were not given depend on the device."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = commands.step_parser(__doc__)
     parser.add_argument("--mode", nargs="+", choices=["all", *MODES], default=["step"])
     parser.add_argument("--target-fps", type=float, default=TARGET, help="images/s per GPU")
     parser.add_argument("--data", help="a folder of images; without it JPEGs are generated")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--backbone", help="of torchvision (resnet50; without a GPU resnet18)")
-    parser.add_argument("--image-size", type=int, help="pixels (224; without a GPU 32)")
-    parser.add_argument("--batch-size", type=int, help="images per GPU (256; without a GPU 16)")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--engine", choices=["eager", "compile", "graph"])
     parser.add_argument("--backend", default="auto", help="of the loader: auto, torch, dali, ffcv")
-    parser.add_argument("--steps", type=int, help="measured steps (50; without a GPU 5)")
-    parser.add_argument("--json", type=Path, help="where the result is written")
     parser.add_argument("--chart", type=Path, help="where a picture of it is written, as .svg")
     options = parser.parse_args(argv)
     options.argv = argv
@@ -58,28 +50,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         options.mode = list(MODES)
     if options.target_fps <= 0:
         parser.error("--target-fps is above 0")
-    for name in ("image_size", "batch_size", "steps"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 1")
+    commands.check(parser, options)
     return options
-
-
-def settle(options: argparse.Namespace, device: torch.device) -> StepSettings:
-    """The sizes of a GPU run, or of a small one."""
-    big = device.type == "cuda"
-    options.steps = options.steps or (50 if big else 5)
-    return StepSettings(
-        backbone=options.backbone or ("resnet50" if big else "resnet18"),
-        image_size=options.image_size or (224 if big else 32),
-        batch=options.batch_size or (256 if big else 16),
-        precision=options.precision or ("bf16" if big else "fp32"),
-        engine=options.engine or ("compile" if big else "eager"),
-    )
 
 
 def run(options: argparse.Namespace, world: World, scratch: Path) -> dict[str, Any]:
     """Every mode that was asked for, and what they mean together."""
-    settings = settle(options, world.device)
+    settings = commands.settings(options, world.device)
+    options.steps = options.steps or (50 if world.device.type == "cuda" else 5)
     limits = {
         "flops": hardware.matmul_flops(
             world.device,

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from benchmarks.host_reads import HostReads
+
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or how many cores this process may use."""
@@ -97,9 +99,14 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 def launches_and_waits(
     call: Callable[[], object], device: torch.device
 ) -> tuple[int | None, int | None]:
-    """Kernel launches of a step, and how often the host waits for the GPU in it."""
+    """Kernel launches of a step, and how often the host waits for the GPU in it.
+
+    Without a GPU: None, and how often it would wait.
+    """
     if device.type != "cuda":
-        return None, None
+        with HostReads() as seen:
+            call()
+        return None, len(seen.reads)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     steps = 3
     wait(device)

@@ -107,8 +107,11 @@ class ModelConfig(Section):
         "which layer is the representation: the name or the index of a child", default=-1
     )
     target_decay: float = _recipe("EMA decay at step 0; rises to 1", at_least=0, at_most=1)
-    bn_sync: bool = setting(
-        "BatchNorm statistics over all processes, as in the paper", default=True
+    bn_sync: Literal["none", "group", "world"] = setting(
+        "whose BatchNorm statistics are taken together: each process by itself, the processes of "
+        "a node, or all of them as in the paper (also said as false and true)",
+        default="world",
+        switch=("none", "world"),
     )
 
 

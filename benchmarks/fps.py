@@ -1,13 +1,14 @@
 """Images per second per GPU of BYOL pretraining, against an FPS target.
 
 `python benchmarks/fps.py [--mode all | step loader e2e linear-eval optim peers] [--target-fps 676]
- [--data DIR] [--batch-size 256] [--json FILE] [--chart FILE.svg]`
+ [--data DIR] [--batch-size 256] [--project 8 [--nodes 4]] [--json FILE] [--chart FILE.svg]`
 `torchrun --nproc_per_node=8 benchmarks/fps.py --mode step`
 
 - `step`: the whole update (target, online, backward, LARS, moving average) on views that are on the
   device already. `loader`: files to views on the device, nothing else. `e2e`: both together.
 - `linear-eval`: a frozen backbone's forward and a linear layer's training step: what the target's
   figure was measured on. `optim`: LARS and moving average alone. `peers`: see peers.py.
+- `--project 8`: what eight such GPUs, and nodes of them, would do: a prediction, see scaling.py.
 
 One image is one sample, that is two views, except in linear-eval. Without a GPU everything runs
 small, to show that it runs; such figures say nothing about a GPU.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a chec
 
 import torch
 
-from benchmarks import chart_fps, commands, hardware, optimizers, stepping
+from benchmarks import chart_fps, commands, hardware, optimizers, scaling, stepping
 from benchmarks.conditions import as_json, conditions, write
-from benchmarks.stepping import FORWARDS_OF_AN_IMAGE
+from benchmarks.stepping import FORWARDS_OF_AN_IMAGE, StepSettings
 from byol_fast import distributed
 from byol_fast.distributed import World
 from pipelines.errors import DataError
@@ -43,6 +45,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--target-fps", type=float, default=TARGET, help="images/s per GPU")
     parser.add_argument("--data", help="a folder of images; without it JPEGs are generated")
     parser.add_argument("--backend", default="auto", help="of the loader: auto, torch, dali, ffcv")
+    parser.add_argument("--project", type=int, metavar="GPUS", help="predict for nodes of so many")
+    parser.add_argument("--nodes", type=int, default=1, help="of --project")
     parser.add_argument("--chart", type=Path, help="where a picture of it is written, as .svg")
     options = parser.parse_args(argv)
     options.argv = argv
@@ -51,6 +55,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if options.target_fps <= 0:
         parser.error("--target-fps is above 0")
     commands.check(parser, options)
+    if min(options.nodes, 1 if options.project is None else options.project) < 1:
+        parser.error("--project and --nodes are at least 1")
     return options
 
 
@@ -104,9 +110,25 @@ def run(options: argparse.Namespace, world: World, scratch: Path) -> dict[str, A
                 from benchmarks import peers
 
                 modes[mode] = peers.measure(settings, world, steps=options.steps, warm_up=warm_up)
+    if options.project is not None:
+        result["projection"] = projection(options, settings, world, modes.get("step"))
     result["verdict"] = verdict(result)
     result["bottleneck"] = bottleneck(result)
     return result
+
+
+def projection(
+    options: argparse.Namespace, settings: StepSettings, world: World, step: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What more GPUs would do, from the step of one GPU where that has been measured."""
+    if world.device.type == "cuda" and world.size == 1 and step is not None:
+        step_ms, source = step["step_ms"][1], "measured in this run"
+    else:  # a processor's step says nothing about a GPU's
+        settings = replace(StepSettings(), batch=options.batch_size or StepSettings().batch)
+        step_ms, source = scaling.assumed_step(settings)
+    return scaling.project(
+        settings, gpus=options.project, nodes=options.nodes, step_ms=step_ms, source=source
+    )
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
@@ -126,6 +148,12 @@ def verdict(result: dict[str, Any]) -> list[str]:
             rate = result["modes"][mode]["images_per_second_per_gpu"][1]
             met = "met" if rate >= target else "missed"
             lines.append(f"{mode}: {rate:.1f} images/s per GPU, {rate / target:.2f}x: {met}")
+    for row in result.get("projection", {}).get("rows", [])[1:]:
+        rate, wanted = row["images_per_second"], target * row["ranks"]
+        lines.append(
+            f"predicted for {row['ranks']} GPUs: {rate:,.0f} images/s, "
+            f"{rate / wanted:.2f}x of {wanted:,.0f}"
+        )
     return lines
 
 
@@ -199,6 +227,8 @@ def show(result: dict[str, Any]) -> None:
             if row.get(name) is not None:
                 facts.append(f"{row[name]:g} {unit}")
         print(f"\n{mode}\n  " + "\n  ".join(facts))
+    if "projection" in result:
+        print("\n" + "\n".join(scaling.lines(result["projection"])))
     print("\n" + "\n".join(result["verdict"]))
     print(result["bottleneck"])
 

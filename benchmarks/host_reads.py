@@ -19,6 +19,8 @@ READING_OPERATORS = {
     *(_aten._local_scalar_dense, _aten.equal, _aten.is_nonzero, _aten.nonzero),
     *(_aten.masked_select, _aten._unique2, _aten.unique_dim, _aten.unique_consecutive),
 }
+# These count the true entries of a mask.
+INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 # On a CPU these read memory without an operation.
 READING_METHODS = {
     torch.Tensor.tolist,
@@ -60,9 +62,14 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self._seen.operators += 1
-        if func.overloadpacket in READING_OPERATORS:
+        packet = func.overloadpacket
+        if packet in READING_OPERATORS or (packet in INDEXING and _has_mask(args[1])):
             self._seen.reads.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
 
 
 class _Methods(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,13 @@ from byol_fast.optim import LARS, param_groups
 OURS = ("reference", "foreach", "fused", "apex")
 
 
-def measure(settings: StepSettings, device: torch.device, *, steps: int) -> dict[str, Any]:
+def measure(
+    settings: StepSettings,
+    device: torch.device,
+    *,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Milliseconds of an update and moving average of BYOL's parameters, by implementation.
 
     Ratios are to ours as `auto` chooses it, within each round.
@@ -39,12 +46,14 @@ def measure(settings: StepSettings, device: torch.device, *, steps: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):  # A B C A B C
         for name, call in calls.items():
-            seconds[name].append(float(np.median(hardware.step_seconds(call, device, part))))
+            some = hardware.step_seconds(call, device, part, clock)
+            seconds[name].append(float(np.median(some)))
     ours = "fused" if "fused" in calls else "foreach"
-    for name, some in seconds.items():
-        spread = percentiles(1000 * np.array(some))
+    for name in seconds:
+        taken = np.array(seconds[name])
+        spread = percentiles(1000 * taken)
         launches, waits = hardware.launches_and_waits(calls[name], device)
-        ratio = np.array(some) / np.array(seconds[ours])
+        ratio = taken / np.array(seconds[ours])
         text = "{1:.3f} ({0:.3f}-{2:.3f}) ms".format(*spread)
         if name != ours:
             text += f", {np.median(ratio):.2f}x of {ours}"

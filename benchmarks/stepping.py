@@ -40,6 +40,11 @@ class StepSettings:
     cudnn_benchmark: bool = True
     conv_1x1_as_mm: bool = False  # Inductor's: forward 1x1 convolutions with stride 1 as products
 
+    @property
+    def hidden_size(self) -> int:
+        """Of projector and predictor: the paper's, or that of small images' recipes."""
+        return 4096 if self.image_size > 64 else 512
+
 
 class StepBench:
     """A model that takes one and the same step again and again."""
@@ -50,7 +55,7 @@ class StepBench:
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
-        hidden = 4096 if settings.image_size > 64 else 512
+        hidden = settings.hidden_size
         model = BYOL(
             settings.backbone,
             image_size=settings.image_size,

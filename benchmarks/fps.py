@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,17 +61,24 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace, world: World, scratch: Path) -> dict[str, Any]:
+def run(
+    options: argparse.Namespace,
+    world: World,
+    scratch: Path,
+    each: Callable[[dict[str, Any]], None],  # sees the result as far as it is there
+) -> dict[str, Any]:
     """Every mode that was asked for, and what they mean together."""
     settings = commands.settings(options, world.device)
     options.steps = options.steps or (50 if world.device.type == "cuda" else 5)
+    flop, kept = stepping.work_of_an_image(settings)
     limits = {
         "flops": hardware.matmul_flops(
             world.device,
             {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision, torch.float32),
         ),
         "bytes": hardware.copy_bytes(world.device),
-        "flop_of_an_image": stepping.flop_of_an_image(settings),
+        "flop_of_an_image": flop,
+        "kept_of_an_image": kept,
         "bytes_of_an_image": stepping.bytes_of_an_image(settings),
     }
     result: dict[str, Any] = {
@@ -80,41 +88,54 @@ def run(options: argparse.Namespace, world: World, scratch: Path) -> dict[str, A
         "limits": limits,
         "modes": {},
     }
-    modes, warm_up = result["modes"], 20 if world.device.type == "cuda" else 1
+    if world.is_main:
+        print(f"{result['device']}, {world.size} rank(s), torch {result['versions']['torch']}")
+    modes = result["modes"]
     for mode in options.mode:
-        match mode:
-            case "step":
-                modes[mode] = stepping.measure(
-                    settings, world, steps=options.steps, warm_up=warm_up, limits=limits
-                )
-            case "loader" | "e2e":
-                from benchmarks import feeding  # the pipelines' packages are needed only here
-
-                folder = options.data or feeding.generated(scratch)
-                modes[mode] = feeding.measure(
-                    folder,
-                    settings,
-                    world,
-                    backend=options.backend,
-                    steps=options.steps,
-                    warm_up=min(5, warm_up),
-                    train=mode == "e2e",
-                )
-            case "linear-eval":
-                modes[mode] = stepping.measure_linear(
-                    settings, world, steps=options.steps, warm_up=warm_up
-                )
-            case "optim":
-                modes[mode] = optimizers.measure(settings, world.device, steps=options.steps)
-            case "peers":
-                from benchmarks import peers
-
-                modes[mode] = peers.measure(settings, world, steps=options.steps, warm_up=warm_up)
+        modes[mode] = _measure(mode, options, settings, world, scratch, limits)
+        if world.is_main:
+            show_mode(mode, modes[mode])
+        each(result)
     if options.project is not None:
         result["projection"] = projection(options, settings, world, modes.get("step"))
     result["verdict"] = verdict(result)
     result["bottleneck"] = bottleneck(result)
+    each(result)
     return result
+
+
+def _measure(
+    mode: str,
+    options: argparse.Namespace,
+    settings: StepSettings,
+    world: World,
+    scratch: Path,
+    limits: dict[str, float],
+) -> dict[str, Any]:
+    warm_up, steps = (20 if world.device.type == "cuda" else 1), options.steps
+    match mode:
+        case "step":
+            return stepping.measure(settings, world, steps=steps, warm_up=warm_up, limits=limits)
+        case "loader" | "e2e":
+            from benchmarks import feeding  # the pipelines' packages are needed only here
+
+            return feeding.measure(
+                options.data or feeding.generated(scratch),
+                settings,
+                world,
+                backend=options.backend,
+                steps=steps,
+                warm_up=min(5, warm_up),
+                train=mode == "e2e",
+            )
+        case "linear-eval":
+            return stepping.measure_linear(settings, world, steps=steps, warm_up=warm_up)
+        case "optim":
+            return optimizers.measure(settings, world.device, steps=steps)
+        case _:
+            from benchmarks import peers
+
+            return peers.measure(settings, world, steps=steps, warm_up=warm_up)
 
 
 def projection(
@@ -196,37 +217,39 @@ def bottleneck(result: dict[str, Any]) -> str:
     )
 
 
-def show(result: dict[str, Any]) -> None:
-    """The table, the verdict and the sentence."""
-    print(f"{result['device']}, {result['ranks']} rank(s), torch {result['versions']['torch']}")
-    for mode, row in result["modes"].items():
-        if mode in ("optim", "peers"):
-            print(f"\n{mode}")
-            for name, one in row.items():
-                print(f"  {name:34}{one['text']}")
-            continue
-        low, middle, high = row["images_per_second_per_gpu"]
-        facts = [f"{middle:.1f} ({low:.1f}-{high:.1f}) images/s per GPU"]
-        facts.append(f"{row['images_per_second']:.1f} in all")
-        facts.append("{1:.1f} ({0:.1f}-{2:.1f}) ms a step".format(*row["step_ms"]))
-        for name, unit in (
-            ("wait_share", "waiting for data"),
-            ("flop_share", "of a matrix product's FLOP/s"),
-            ("byte_share_estimate", "of a copy's bytes/s (estimate)"),
-        ):
-            if name in row:
-                facts.append(f"{row[name]:.1%} {unit}")
-        for name, unit in (
-            ("forwards_per_second", "forwards/s"),
-            ("launches", "launches a step"),
-            ("host_waits", "waits of the host a step"),
-            ("peak_gb", "GiB at most"),
-            ("mb_per_image", "MiB an image"),
-            ("compile_seconds", "s to compile"),
-        ):
-            if row.get(name) is not None:
-                facts.append(f"{row[name]:g} {unit}")
-        print(f"\n{mode}\n  " + "\n  ".join(facts))
+def show_mode(mode: str, row: dict[str, Any]) -> None:
+    """One mode's part of the table."""
+    print(f"\n{mode}", flush=True)
+    if mode in ("optim", "peers"):
+        for name, one in row.items():
+            print(f"  {name:34}{one['text']}", flush=True)
+        return
+    low, middle, high = row["images_per_second_per_gpu"]
+    facts = [f"{middle:.1f} ({low:.1f}-{high:.1f}) images/s per GPU"]
+    facts.append(f"{row['images_per_second']:.1f} in all")
+    facts.append("{1:.1f} ({0:.1f}-{2:.1f}) ms a step".format(*row["step_ms"]))
+    shares = (
+        ("wait_share", "waiting for data"),
+        ("flop_share", "of a matrix product's FLOP/s"),
+        ("byte_share_estimate", "of a copy's bytes/s (estimate)"),
+    )
+    numbers = (
+        ("forwards_per_second", "forwards/s"),
+        ("launches", "launches a step"),
+        ("host_waits", "waits of the host a step"),
+        ("peak_gb", "GiB at most"),
+        ("mb_per_image", "MiB an image, weights and all"),
+        ("activation_mb_per_image", "MiB of activations an image"),
+        ("kept_mb_per_image_counted", "MiB an image kept for backward if not compiled (counted)"),
+        ("compile_seconds", "s to compile"),
+    )
+    facts += [f"{row[name]:.1%} {unit}" for name, unit in shares if name in row]
+    facts += [f"{row[name]:g} {unit}" for name, unit in numbers if row.get(name) is not None]
+    print("  " + "\n  ".join(facts), flush=True)
+
+
+def show_end(result: dict[str, Any]) -> None:
+    """The prediction, the verdict and the sentence."""
     if "projection" in result:
         print("\n" + "\n".join(scaling.lines(result["projection"])))
     print("\n" + "\n".join(result["verdict"]))
@@ -241,17 +264,21 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+    def save(result: dict[str, Any]) -> None:  # after each mode: a run may be ended from outside
+        if world.is_main:
+            write(options.json, as_json(result))
+
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            result = run(options, world, Path(scratch))
+            result = run(options, world, Path(scratch), save)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
     finally:
         distributed.stop()
     if world.is_main:
-        show(result)
-        write(options.json, as_json(result))
+        show_end(result)
         if options.chart:
             write(options.chart, chart_fps.draw(result))
     return 0

@@ -133,13 +133,31 @@ def _one_view(model: BYOL) -> None:
     set_views(model, 1)
 
 
-def flop_of_an_image(settings: StepSettings) -> float:
-    """FLOPs that one image's step takes, counted over the operations of a step on the CPU."""
+def work_of_an_image(settings: StepSettings) -> tuple[float, float]:
+    """FLOPs of one image's step, and the bytes that an uncompiled forward keeps for backward.
+
+    Counted over the operations of a step on the CPU; what is kept in floats counts with the bytes
+    of `settings.precision`, and nothing twice.
+    """
     small = replace(settings, batch=2, precision="fp32", engine="eager", optimizer="reference")
     bench = StepBench(small, World(0, 1, torch.device("cpu")))
-    with FlopCounterMode(display=False) as counter:
+    weights = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # tensors, so that no address is used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
         bench.step()
-    return counter.get_total_flops() / small.batch
+    float_bytes = 4 if settings.precision == "fp32" else 2
+    size = sum(
+        tensor.numel() * (float_bytes if tensor.is_floating_point() else tensor.element_size())
+        for address, tensor in kept.items()
+        if address not in weights
+    )
+    return counter.get_total_flops() / small.batch, size / small.batch
 
 
 def bytes_of_an_image(settings: StepSettings) -> float:
@@ -176,11 +194,13 @@ def measure(
     settings: StepSettings, world: World, *, steps: int, warm_up: int, limits: dict[str, float]
 ) -> dict[str, Any]:
     """A row: rate, spread, memory, launches, and the shares of what the hardware could do."""
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(world.device)
+    on_gpu = world.device.type == "cuda"
     bench = StepBench(settings, world)
     for _ in range(warm_up):
         loss = bench.step().loss
+    if on_gpu:  # not before: cuDNN's search takes workspaces that steps do not need
+        torch.cuda.reset_peak_memory_stats(world.device)
+        between = torch.cuda.memory_allocated(world.device)  # weights, gradients, momentum, views
     seconds = hardware.step_seconds(bench.step, world.device, steps)
     middle = float(np.median(seconds))
     rate = settings.batch / middle
@@ -201,10 +221,15 @@ def measure(
         "loss_is_finite": math.isfinite(float(loss)),
         "n": steps,
     }
-    if world.device.type == "cuda":
+    if on_gpu:
         peak = torch.cuda.max_memory_allocated(world.device)
         row["peak_gb"] = float(f"{peak / 2**30:.3g}")
         row["mb_per_image"] = float(f"{peak / 2**20 / settings.batch:.3g}")
+        if settings.engine != "graph":  # a graph holds its memory between steps too
+            row["activation_mb_per_image"] = float(
+                f"{(peak - between) / 2**20 / settings.batch:.3g}"
+            )
+    row["kept_mb_per_image_counted"] = float(f"{limits['kept_of_an_image'] / 2**20:.3g}")
     return row
 
 

@@ -109,9 +109,10 @@ def test_resnet50_takes_the_flops_and_bytes_that_are_known() -> None:
     heads. Traffic: 979 MB counted by hand at this fusion, with the sums after layers."""
     settings = StepSettings()
     assert stepping.bytes_of_an_image(settings) == pytest.approx(0.9e9, rel=0.15)
-    assert stepping.flop_of_an_image(StepSettings(image_size=64)) == pytest.approx(
-        64.9e9 * (64 / 224) ** 2, rel=0.03
-    )
+    flop, kept = stepping.work_of_an_image(StepSettings(image_size=64))
+    assert flop == pytest.approx(64.9e9 * (64 / 224) ** 2, rel=0.03)
+    # Two views of each convolution's input and output in two bytes: 2 x 21.6 M values at 224.
+    assert kept == pytest.approx(2 * 2 * 21.6e6 * (64 / 224) ** 2, rel=0.1)
 
 
 def test_one_pass_and_two_give_the_same_loss() -> None:

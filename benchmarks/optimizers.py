@@ -42,7 +42,7 @@ def measure(
         except (ImportError, ValueError, RuntimeError) as error:
             calls.pop(name, None)
             result[name] = {"text": f"left out: {error}"}
-    rounds, part = max(3, steps // 10), 10 if device.type == "cuda" else 2
+    rounds, part = (max(3, steps // 10), 10) if device.type == "cuda" else (max(3, steps), 1)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):  # A B C A B C
         for name, call in calls.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from benchmarks import hardware
 from benchmarks.hardware import percentiles
 from byol_fast.compiled import as_they_stand, compiled
 from byol_fast.distributed import World, data_parallel
-from byol_fast.graphed import GraphedStep, refusal
+from byol_fast.graphed import GraphedStep, refusal, side_stream
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
 from byol_fast.step import AUTOCAST, StepOutput, train_step
@@ -52,6 +53,9 @@ class StepBench:
     def __init__(self, settings: StepSettings, world: World) -> None:
         self.settings, self.world, self.device = settings, world, world.device
         self.dtype = AUTOCAST.get(settings.precision)
+        reason = refusal(self.device, accumulate=1, precision=settings.precision)
+        if settings.engine == "graph" and reason:
+            raise ValueError(f"no graph: {reason}")
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
@@ -88,12 +92,11 @@ class StepBench:
                 networks, online=_TwoPasses(networks.online), target=_TwoPasses(networks.target)
             )
             _one_view(model)
-        networks = replace(networks, online=data_parallel(networks.online, world))
+        with side_stream(self.device) if settings.engine == "graph" else nullcontext():
+            networks = replace(networks, online=data_parallel(networks.online, world))
         self.optimizer = LARS(param_groups(model.online, 1.5e-6), 0.1, impl=settings.optimizer)
         self.networks, self.graphed = networks, None
         if settings.engine == "graph":
-            if reason := refusal(self.device, accumulate=1, precision=settings.precision):
-                raise ValueError(f"no graph: {reason}")
             self.graphed = GraphedStep(model, networks, self.optimizer, autocast_dtype=self.dtype)
         self.scaler = torch.amp.GradScaler("cuda") if settings.precision == "fp16" else None
 

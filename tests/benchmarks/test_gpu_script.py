@@ -1,4 +1,4 @@
-"""gpu.sh: every command in it is one that its program takes; what is missing is left out by name."""
+"""gpu.sh: each command in it is one that its program takes; the missing is left out by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_each_part_is_a_command_that_exists(
         if name == "tests":
             files = [word for word in words if word.endswith(".py")]
             assert len(files) > 5 and all((ROOT / file).exists() for file in files)
-            assert ["-m", "gpu"] == words[words.index("gpu") - 1 : words.index("gpu") + 1]
+            assert words[words.index("gpu") - 1 : words.index("gpu") + 1] == ["-m", "gpu"]
             continue
         program = {**programs, "loader": loader}[Path(words[0]).stem]
         options = program.arguments(words[1:])

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from byol_fast import graphed
 from byol_fast.compiled import as_they_stand
 from byol_fast.distributed import World, data_parallel
 from byol_fast.graphed import WARM_UP, GraphedStep, refusal, side_stream
@@ -119,9 +120,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    graphed._stream.cache_clear()
     step = GraphedStep(fast, as_they_stand(fast), optimizer, autocast_dtype=None)
     recorder.step = step
-    return plain, usual, step, recorder
+    yield plain, usual, step, recorder
+    graphed._stream.cache_clear()
 
 
 def both(recorded, count: int) -> None:
@@ -145,6 +148,13 @@ def test_eleven_steps_as_usual_then_one_capture_and_replays(recorded) -> None:
     assert recorder.log == ["synchronize", "capture thread_local", *["replay"] * (20 - WARM_UP)]
     assert WARM_UP == 11
     assert step._side.waits == WARM_UP
+
+
+def test_ddp_is_made_on_the_stream_of_the_capture(recorded, monkeypatch) -> None:
+    made: list[Stream] = []
+    monkeypatch.setattr(torch.cuda, "stream", made.append)
+    side_stream(torch.device("cuda:0"))
+    assert made == [recorded[2]._side]
 
 
 def test_a_capture_that_fails_is_said_once_and_steps_go_on(

@@ -20,7 +20,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def projection(
     if world.device.type == "cuda" and world.size == 1 and step is not None:
         step_ms, source = step["step_ms"][1], "measured in this run"
     else:  # a processor's step says nothing about a GPU's
-        settings = replace(StepSettings(), batch=options.batch_size or StepSettings().batch)
+        settings = StepSettings()
         step_ms, source = scaling.assumed_step(settings)
     return scaling.project(
         settings, gpus=options.project, nodes=options.nodes, step_ms=step_ms, source=source

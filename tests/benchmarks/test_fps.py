@@ -99,10 +99,12 @@ def test_the_verdict_names_each_mode_and_the_target(result: dict) -> None:
 def test_a_run_that_is_ended_leaves_the_modes_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ended(*args: object, **options: object) -> dict:
-        raise KeyboardInterrupt
+    def measured(mode: str, *args: object) -> dict:
+        if mode == "linear-eval":
+            raise KeyboardInterrupt
+        return {"foreach": {"text": "1 ms"}}
 
-    monkeypatch.setattr(stepping, "measure_linear", ended)
+    monkeypatch.setattr(fps, "_measure", measured)
     file = tmp_path / "fps.json"
     with pytest.raises(KeyboardInterrupt):
         fps.main([*TINY, "--mode", "optim", "linear-eval", "--json", str(file)])

@@ -1,4 +1,7 @@
-"""Compiled networks: the same step, nothing left behind by the trial, and a loud way back."""
+"""Compiled networks: compiled once, nothing left behind by the trial, and a loud way back.
+
+That compiled steps are the steps is in test_fast_paths.py.
+"""
 
 from __future__ import annotations
 
@@ -69,19 +72,6 @@ def train(model: BYOL, networks, steps: int = 3) -> list[float]:
         output = train_step(model, networks, optimizer, [x], accumulate=1, decay=0.9)
         losses.append(output.loss.item())
     return losses
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_steps_are_the_steps(backend: str) -> None:
-    plain = make()
-    fast = copy.deepcopy(plain)
-    networks = prepare(fast, backend)
-    assert networks.compile_seconds is not None
-    assert networks.online is not fast.online
-    torch.testing.assert_close(
-        train(fast, networks), train(plain, as_they_stand(plain)), rtol=1e-5, atol=1e-5
-    )
-    torch.testing.assert_close(fast.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 def test_one_compilation_serves_all_steps() -> None:

@@ -83,12 +83,18 @@ def compiled_networks(model: BYOL, device: torch.device, backend: str) -> Networ
 
 
 @pytest.fixture(scope="module")
-def reference() -> list[float]:
+def trained() -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and the model's state at the end."""
     model, optimizer = make(CPU, "reference")
     found = losses(model, as_they_stand(model), optimizer, CPU)
     assert found[0] > found[-1] > 0  # it trains: equal losses mean something
     assert max(found) - min(found) > 0.05
-    return found
+    return found, model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def reference(trained: tuple[list[float], dict[str, Tensor]]) -> list[float]:
+    return trained[0]
 
 
 @pytest.mark.parametrize("impl", ["foreach", pytest.param("fused", marks=TRITON)])
@@ -100,10 +106,14 @@ def test_multi_tensor_and_fused_updates(impl: str, reference: list[float]) -> No
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_networks(backend: str, reference: list[float]) -> None:
+def test_compiled_networks(backend: str, trained: tuple[list[float], dict[str, Tensor]]) -> None:
+    wanted, state = trained
     model, optimizer = make(CPU, "foreach")
     networks = compiled_networks(model, CPU, backend)
-    assert losses(model, networks, optimizer, CPU) == pytest.approx(reference, abs=1e-5)
+    assert networks.online is not model.online
+    assert losses(model, networks, optimizer, CPU) == pytest.approx(wanted, abs=1e-5)
+    # Rounding that 20 steps have amplified.
+    torch.testing.assert_close(model.state_dict(), state, rtol=1e-3, atol=1e-3)
 
 
 def test_a_wrong_update_would_be_seen(reference: list[float]) -> None:

@@ -91,6 +91,9 @@ def _try_out(
                 target = networks.target(views)
             prediction, _, _ = networks.online(views)
         networks.loss(prediction, target).backward()
+        first = next((p.grad for p in model.online.parameters() if p.requires_grad), None)
+        if first is not None and not first.any():  # as one version of torch has compiled it
+            raise RuntimeError("the compiled backward leaves the first layer without a gradient")
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)

@@ -32,7 +32,7 @@ _BACKEND = re.compile(rf"{'|'.join(BACKENDS)}|dali:(cpu|mixed(:(0(\.\d+)?|1(\.0+
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(m|h)|(\d+)")
 
 
-def _recipe(text: str, *, free: bool = False, **bounds: float) -> Any:
+def _recipe(text: str, *, free: bool = False, **bounds: Any) -> Any:
     """A field whose value is the recipe's unless set: None until `recipes.fill`."""
     return setting(text, default=None, unset=RECIPE, free=free, **bounds)
 

@@ -45,6 +45,16 @@ class Unclear(Small):
         return super().forward(x)
 
 
+class Forgetful(Small):
+    """A network whose compiled backward is wrong."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        if torch.compiler.is_compiling():
+            x = x.detach() + 0 * x
+        return self.norm(x).mean((2, 3))
+
+
 def make(backbone: type[nn.Module] = Small) -> BYOL:
     torch.manual_seed(0)
     model = BYOL(backbone(), image_size=16, projector=(16, 8), predictor=(16, 8))
@@ -100,6 +110,16 @@ def test_what_cannot_be_compiled_runs_as_it_stands_and_says_so(
     assert networks.compile_seconds is None
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert all(loss > 0 for loss in train(model, networks))
+
+
+def test_a_compiled_backward_without_gradients_is_not_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make(Forgetful)
+    with caplog.at_level(logging.WARNING):
+        networks = prepare(model)
+    assert "without a gradient" in caplog.text
+    assert networks.online is model.online
 
 
 def test_a_failure_on_another_rank_counts_here_too(caplog: pytest.LogCaptureFixture) -> None:

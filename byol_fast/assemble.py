@@ -12,7 +12,7 @@ from byol_fast import checkpoint, monitor
 from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
-from byol_fast.distributed import World
+from byol_fast.distributed import World, statistics_group
 from byol_fast.graphed import refusal
 from byol_fast.model import BYOL
 from byol_fast.online_eval import OnlineEvaluation
@@ -135,7 +135,7 @@ def _build_model(config: Config, world: World) -> BYOL:
         norm=given.norm,
         momentum=given.momentum,
         stem=config.model.stem,
-        bn_sync=config.model.bn_sync and world.size > 1,
+        bn_sync=statistics_group(config.model.bn_sync, world),
     )
     return model.to(world.device).to(memory_format=torch.channels_last)
 

@@ -33,7 +33,7 @@ _BACKEND = re.compile(rf"{'|'.join(BACKENDS)}|dali:(cpu|mixed(:(0(\.\d+)?|1(\.0+
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(m|h)|(\d+)")
 
 
-def _recipe(text: str, *, free: bool = False, **bounds: float) -> Any:
+def _recipe(text: str, *, free: bool = False, **bounds: Any) -> Any:
     """A field whose value is the recipe's unless set: None until `recipes.fill`."""
     return setting(text, default=None, unset=RECIPE, free=free, **bounds)
 
@@ -124,8 +124,11 @@ class ModelConfig(Section):
         "no-predictor, group-ws (GroupNorm and weight standardisation for BatchNorm)",
         default="byol",
     )
-    bn_sync: bool = setting(
-        "BatchNorm statistics over all processes, as in the paper", default=True
+    bn_sync: Literal["none", "group", "world"] = setting(
+        "whose BatchNorm statistics are taken together: each process by itself, the processes of "
+        "a node, or all of them as in the paper (also said as false and true)",
+        default="world",
+        switch=("none", "world"),
     )
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ A value set by hand always wins.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -273,7 +274,9 @@ def _micro_batch(config: Config, world_size: int) -> int:
         )
     if config.model.norm == "group-ws":  # no statistics over images: one is enough
         return batch // shares
-    if batch // shares * (world_size if config.model.bn_sync else 1) < 2:
+    of_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun sets it
+    together = {"none": 1, "group": of_a_node, "world": world_size}
+    if batch // shares * together[config.model.bn_sync] < 2:
         raise ValueError(
             f"batch_size {batch} leaves BatchNorm one image for its statistics on {world_size} "
             f"ranks × {accumulate} micro-batches: use --batch-size {2 * shares} or more"

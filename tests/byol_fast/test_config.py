@@ -74,6 +74,32 @@ def test_switches(argv: list[str], expected: bool) -> None:
     assert config.parse([*argv, "--data", "x"]).data == "x"  # no word was swallowed
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "world"),
+        (["--model.bn-sync", "group"], "group"),
+        (["--bn-sync=none"], "none"),
+        (["--no-bn-sync"], "none"),
+        (["--no-bn-sync", "--bn-sync"], "world"),
+        (["--bn-sync", "false"], "none"),
+        (["model.bn_sync=True"], "world"),
+    ],
+)
+def test_a_choice_that_was_a_switch_still_is_one(argv: list[str], expected: str) -> None:
+    parsed = config.parse([*argv, "--data", "x"])
+    assert (parsed.model.bn_sync, parsed.data) == (expected, "x")
+
+
+@pytest.mark.parametrize(("saved", "expected"), [(True, "world"), (False, "none")])
+def test_an_older_checkpoint_or_file_says_true_or_false(saved: bool, expected: str) -> None:
+    tree = config.to_dict(Config())
+    tree["model"]["bn_sync"] = saved
+    assert config.from_dict(tree).model.bn_sync == expected
+    with pytest.raises(UsageError, match="one of none, group, world"):
+        config.parse(["--bn-sync=node"])
+
+
 def test_the_last_flag_wins() -> None:
     assert config.parse(["--epochs", "5", "epochs=6"]).epochs == 6
 

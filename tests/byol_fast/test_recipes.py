@@ -1,5 +1,6 @@
 """Recipes: the authors' table, the rule between its rows, the run's arithmetic."""
 
+import contextlib
 from typing import get_args, get_type_hints
 
 import pytest
@@ -149,3 +150,12 @@ def test_batchnorm_needs_two_images() -> None:
     with pytest.raises(ValueError, match="one image"):
         resolved("--batch-size 8 --no-bn-sync", samples=100)
     assert resolved("--batch-size 8", samples=100).micro_batch == 1  # over 8 ranks there are 8
+
+
+@pytest.mark.parametrize(("of_a_node", "enough"), [("1", False), ("2", True)])
+def test_batchnorm_over_a_node_needs_two_images_there(
+    of_a_node: str, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", of_a_node)
+    with contextlib.nullcontext() if enough else pytest.raises(ValueError, match="one image"):
+        assert resolved("--batch-size 8 --bn-sync group", samples=100).micro_batch == 1

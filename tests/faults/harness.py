@@ -67,10 +67,23 @@ class Zygote:
         )
         assert self._answer() == {"ready": True}
 
-    def start(self, arguments: Sequence[str], output: Path, env: dict[str, str]) -> int:
-        """The process id of a new run."""
-        request = {"start": [str(a) for a in arguments], "output": str(output), "env": env}
+    def start(
+        self, arguments: Sequence[object], output: Path, env: dict[str, str], code: str = ""
+    ) -> int:
+        """The process id of a new run, or of `code` with the arguments as ARGS."""
+        words = [str(a) for a in arguments]
+        request = {"start": words, "output": str(output), "env": env, "code": code}
         return int(self._ask(request)["pid"])
+
+    def wait(self, pid: int, limit: float = LIMIT) -> int:
+        """The exit code of a process."""
+        return int(
+            wait_until(
+                lambda: [c] if (c := self.poll(pid)) is not None else None,
+                f"the end of process {pid}",
+                limit,
+            )[0]
+        )
 
     def poll(self, pid: int) -> int | None:
         """A run's exit code, None while it runs; ask no more once it was told."""

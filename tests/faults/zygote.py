@@ -3,8 +3,10 @@
 Importing torch takes seconds, and these tests start a hundred runs. A line of JSON comes in on
 standard input, one goes out on standard output:
 
-    {"start": [arguments], "env": {…}, "output": file}   →  {"pid": n}
-    {"poll": pid}                                        →  {"code": exit code, −signal or null}
+    {"start": [arguments], "env": {…}, "output": file, "code": ""}   →  {"pid": n}
+    {"poll": pid}                                 →  {"code": exit code, −signal or null}
+
+With `code` that Python is run, with the arguments as ARGS, instead of a pretraining.
 
 Every child is a session of its own and is killed when this process ends.
 """
@@ -25,11 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import command
 
 # Everything that a run imports on its way.
-import byol_fast.assemble
-import byol_fast.outcome
-import byol_fast.pretrain
-import pipelines.stores.arrays
-import pipelines.stores.synthetic
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
@@ -49,7 +46,12 @@ def start(request: dict[str, Any]) -> int:
         for to, fd in ((0, null), (1, output), (2, output)):
             os.dup2(fd, to)
         os.environ.update(request["env"])
-        code = command.main(request["start"])
+        if request["code"]:
+            source = compile(request["code"], "<code>", "exec")
+            exec(source, {"__name__": "code", "ARGS": request["start"]})
+            code = 0
+        else:
+            code = command.main(request["start"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -121,7 +121,7 @@ def load(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no such checkpoint")
     if not hash_path.is_file():
         raise CheckpointError(f"{path}: its hash file {hash_path.name} is missing")
-    if file_hash(path) != hash_path.read_text().strip():
+    if file_hash(path).encode() != hash_path.read_bytes().strip():  # it may be damaged itself
         raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)

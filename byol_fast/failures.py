@@ -52,22 +52,26 @@ class Failures:
             threading.Thread(target=self._watch, name="failures", daemon=True).start()
 
     def _watch(self) -> None:
-        assert self._store is not None
-        while True:
+        why = None
+        while why is None:
             time.sleep(_INTERVAL)
-            try:
-                if self._store.check([_KEY]):
-                    break
-            except Exception:  # the store is gone: its rank has ended, and collectives will fail
-                return
+            why = self._first()
         time.sleep(PATIENCE)
         print(
-            f"error on rank {self.rank}: still waiting {PATIENCE:.0f} s after another rank failed, "
-            f"ended ({self._store.get(_KEY).decode()})",
+            f"error on rank {self.rank}: still waiting {PATIENCE:.0f} s after another rank has "
+            f"ended, so it ends too ({why})",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)
+
+    def _first(self) -> str | None:
+        """What the rank that failed first noted; None while none has."""
+        assert self._store is not None
+        try:
+            return self._store.get(_KEY).decode() if self._store.check([_KEY]) else None
+        except Exception:  # whatever c10d raises: without torchrun the store is in rank 0's process
+            return "rank 0, which holds the store, is gone"
 
 
 def of_this_process(rank: int) -> Failures:

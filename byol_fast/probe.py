@@ -31,8 +31,8 @@ class OnlineProbe:
     ) -> Tensor:
         """One step on `representation` [V*B, F] with `labels` [B]; returns the loss, a 0-d tensor.
 
-        Where `finite`, a 0-d bool tensor, is False nothing is learned from it. Nothing is read back
-        from the device.
+        Where `finite`, a 0-d bool tensor, is False nothing is learned from it (the momentum of
+        earlier steps goes on). Nothing is read back from the device.
         """
         views = len(representation) // len(labels)
         if finite is not None:

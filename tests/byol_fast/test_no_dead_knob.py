@@ -51,9 +51,9 @@ OTHER = {
     "monitor.eval_data": "EVAL",
     "monitor.log_every": 3,
     "monitor.tracker": "tensorboard",
-    "monitor.on_collapse": "stop",
+    "monitor.on_trouble": "stop",
     "checkpoint.every": 9,
-    "checkpoint.keep": 5,
+    "checkpoint.keep": "2,every=3e",
 }
 ELSEWHERE = {
     "run.engine": "below",

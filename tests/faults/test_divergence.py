@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from byol_fast import metrics, recipes
 from pipelines.plan import RowStream
 from pipelines.stores import open_store
 
-# KINDS is {number of the update, from 0: what is wrong with it}, on the ranks RANKS alone. Every rank
-# prints a digest of all that lasts before and after each update.
+# KINDS is {number of the update, from 0: what is wrong with it}, on the ranks RANKS alone. Every
+# rank prints a digest of all that lasts before and after each update.
 NOT_FINITE = """
 import dataclasses, hashlib, os
 import torch
@@ -30,8 +31,6 @@ def digest(trainer):
         whole.update(tensor.numpy().tobytes())
     for state in trainer.optimizer.state.values():
         whole.update(state["momentum_buffer"].numpy().tobytes())
-    if trainer.probe:
-        whole.update(trainer.probe.linear.weight.detach().numpy().tobytes())
     return whole.hexdigest()[:16]
 
 now = -1
@@ -57,7 +56,7 @@ def train_step(model, networks, optimizer, batches, **options):
         weight = next(model.online.parameters())
         def spoil(gradient):
             gradient = gradient.clone()
-            gradient.view(-1)[0] = bad
+            gradient[0, 0, 0, 0] = bad
             return gradient
         hook = weight.register_hook(spoil)
     elif what == "image":
@@ -79,10 +78,8 @@ KINDS = {2: "loss nan", 4: "loss inf", 6: "gradient nan", 8: "gradient inf", 10:
 def digests(said: str) -> dict[int, dict[int, tuple[str, str]]]:
     """{update: {rank: (before, after)}}"""
     found: dict[int, dict[int, tuple[str, str]]] = {}
-    for line in said.splitlines():
-        if line.startswith("digest "):
-            _, rank, step, before, after = line.split()
-            found.setdefault(int(step), {})[int(rank)] = before, after
+    for rank, step, before, after in re.findall(r"digest (\d) (\d+) (\w{16}) (\w{16})", said):
+        found.setdefault(int(step), {})[int(rank)] = before, after
     return found
 
 
@@ -158,7 +155,7 @@ def test_f15_twenty_in_succession_end_the_run_whatever_the_policy(runs, tmp_path
     fault = NOT_FINITE.format(kinds={step: "gradient nan" for step in range(2, 24)}, ranks="0")
     run = runs(out, *SMALL, "--log-every", 4, "--on-trouble", "stop-collapsed", fault=fault)
     assert run.wait() == 5, run.said
-    assert run.step == 24 and "22 so far" in run.said  # looked at after 4, 8, …, 24
+    assert run.status["step"] == 24 and "22 so far" in run.said  # looked at after 4, 8, …, 24
     assert not list((out / "checkpoints").glob("*.pt"))
 
 
@@ -212,7 +209,7 @@ assemble._build_model = build
 """
 # Long enough, and fast enough, to collapse; the thresholds are those of byol_fast/alarms.py.
 COLLAPSING = (*SMALL, "--epochs", "15", "--base-lr", "1.0", "--target-decay", "0.9")
-ALARM_WITHIN = 60  # steps, with a line of the log each step
+ALARM_WITHIN = 80  # steps, with a line of the log each step
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop", "stop-collapsed"])

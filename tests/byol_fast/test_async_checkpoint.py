@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: what is saved is the moment of `save`, and errors are not lost."""
+"""Checkpoints beside the training: what is saved is the moment of `save`; errors are not lost."""
 
 from __future__ import annotations
 

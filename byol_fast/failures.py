@@ -46,6 +46,15 @@ class Failures:
             return None
         return None if found == text else found
 
+    def noted(self) -> str | None:
+        """What the rank that failed first noted; None if none has, or the store is gone."""
+        try:
+            if self._store is None or not self._store.check([_KEY]):
+                return None
+            return self._store.get(_KEY).decode()
+        except Exception:  # whatever c10d raises when the store's process has ended
+            return None
+
     def watch(self) -> None:
         """End this process when another rank has failed and this one goes on waiting for it."""
         if self._store is not None:
@@ -55,7 +64,7 @@ class Failures:
         why = None
         while why is None:
             time.sleep(_INTERVAL)
-            why = self._first()
+            why = self._ended()
         time.sleep(PATIENCE)
         print(
             f"error on rank {self.rank}: still waiting {PATIENCE:.0f} s after another rank has "
@@ -65,13 +74,14 @@ class Failures:
         )
         os._exit(1)
 
-    def _first(self) -> str | None:
-        """What the rank that failed first noted; None while none has."""
+    def _ended(self) -> str | None:
+        """Why this rank should not go on waiting; None while there is no reason."""
         assert self._store is not None
         try:
-            return self._store.get(_KEY).decode() if self._store.check([_KEY]) else None
+            self._store.check([_KEY])
         except Exception:  # whatever c10d raises: without torchrun the store is in rank 0's process
             return "rank 0, which holds the store, is gone"
+        return self.noted()
 
 
 def of_this_process(rank: int) -> Failures:

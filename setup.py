@@ -39,8 +39,6 @@ EXTRAS = {
     "wandb": ["wandb>=0.17"],
     "quickstart": ["scikit-image>=0.24"],  # its wheel holds free photographs
     "dev": [
-        "byol-pytorch>=0.9",  # weights and features are compared with other packages' own
-        "lightly>=1.6",
         "mypy>=1.10",
         "onnx>=1.16",
         "onnxruntime>=1.18",
@@ -52,10 +50,11 @@ EXTRAS = {
         "scikit-image>=0.24",
         "scikit-learn>=1.4",  # SVMs; the tests compare kNN with it
         "setuptools>=68",
-        "timm>=1.0",
         "types-PyYAML",
         "wheel",
     ],
+    # what tests and benchmarks compare weights, features and speed with
+    "peers": ["byol-pytorch>=0.9", "lightly>=1.6", "timm>=1.0"],
 }
 
 setup(

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("byol_fast.evaluate.__main__", "kNN and linear accuracy of learned weights"),
     "index": ("pipelines.index", "read a folder's image sizes, and check that all can be decoded"),
     "convert": ("pipelines.convert", "write a data set as one .beton file, or check such a file"),
+    "doctor": ("byol_fast.doctor", "what this machine lacks for a run, and what mends it"),
 }
 
 

@@ -108,9 +108,32 @@ def _open_data(config: Config, world: World) -> tuple[Store, Store | None]:
     if message := world.share(error):
         raise DataError(message)
     train, evaluation = stores or open_both()
+    refuse_other_images(train, config, world)
     if world.is_main:
         _tell_quarantined(train)
     return train, evaluation
+
+
+def refuse_other_images(store: Store, config: Config, world: World) -> None:
+    """Row 7 has to be the same image on every rank: a machine with an older copy is found here.
+
+    Raises:
+        DataError: on every rank, if one has other images than rank 0.
+    """
+    from pipelines.errors import DataError
+
+    images, fingerprint = world.share((len(store), store.fingerprint))
+    other = fingerprint != store.fingerprint
+    if other:
+        log.error(
+            "%s has %d images here (%s), and %d on rank 0 (%s)",
+            *(config.data, len(store), store.fingerprint[:12], images, fingerprint[:12]),
+        )
+    if any(world.any(other)):
+        raise DataError(
+            f"{config.data} does not hold the same images on every machine: copy it again where it "
+            "differs, or keep it on a file system that all of them share"
+        )
 
 
 def _tell_quarantined(store: Store) -> None:

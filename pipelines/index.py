@@ -25,7 +25,7 @@ from pipelines.errors import DataError
 from pipelines.indexbuild import make_index, root_listing
 from pipelines.indexfile import Index, keep, load, locations, save
 from pipelines.scan import printable
-from pipelines.stores.tarbuild import open_tar_index
+from pipelines.stores.tarbuild import open_tar_index, stored_tar_index
 from pipelines.stores.tarindex import TarIndex
 from pipelines.stores.tarshards import is_tar
 
@@ -56,6 +56,18 @@ def open_index(
         DataError: the folder cannot be listed or holds no images.
     """
     return _open(root, verify, workers, progress, refresh)[0]
+
+
+def stored_index(data: Path) -> Index | TarIndex | None:
+    """The index that the next start would use as it is, if there is one; nothing is made.
+
+    Raises:
+        DataError: a tar shard is missing or cannot be read.
+    """
+    if is_tar(data):
+        return stored_tar_index(data)
+    index, _, holds = _find(data)
+    return index if holds else None
 
 
 def _open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -165,7 +166,7 @@ def measure_file(path: str | bytes, *, verify: bool) -> tuple[int, int]:
         BadImage: it cannot be read, or `decode.header` (`decode.verify`) refuses it.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
                 raise BadImage(f"{size:,} bytes are more than the limit of {_MAX_BYTES:,}")
             if verify:
@@ -179,6 +180,21 @@ def measure_file(path: str | bytes, *, verify: bool) -> tuple[int, int]:
             return decode.header(head + file.read())
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from error
+
+
+def open_regular(path: str | bytes, flags: int) -> int:
+    """A file descriptor; for `open(path, "rb", opener=open_regular)`.
+
+    Opening a named pipe waits for a writer, and a device may give bytes for ever.
+
+    Raises:
+        OSError: it is no regular file, whatever it was when it was listed, or cannot be opened.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
 
 
 def printable(path: bytes | str) -> str:

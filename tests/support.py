@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 # As small as a run of the real thing can be: 24 steps of a ResNet-18 on 16 images.
 TINY = [

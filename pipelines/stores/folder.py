@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelines.errors import BadImage
 from pipelines.index import open_index, refuse_if_bad, warn_of
 from pipelines.indexfile import Index
-from pipelines.scan import printable
+from pipelines.scan import open_regular, printable
 
 
 class FolderStore:
@@ -61,7 +61,8 @@ class FolderStore:
             BadImage: it is gone or cannot be read.
         """
         try:
-            with open(self._join(self.index.below(row)), "rb", buffering=0) as file:
+            path = self._join(self.index.below(row))
+            with open(path, "rb", buffering=0, opener=open_regular) as file:
                 return file.read()
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error

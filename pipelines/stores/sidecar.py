@@ -38,7 +38,7 @@ def read_sidecar(beton: BetonFile) -> dict[str, Any] | None:
         [str(name) for name in entries["classes"]]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         log.warning("%s is not used (%s: %s)", path, type(error).__name__, error)
         return None
     return dict(entries)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,48 @@ _MAX_BYTES = 1 << 30  # a member over 1 GiB is no image this library could use
 _ROWS = 32  # in one task
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """The shards behind a name, as they look now."""
+
+    root: Path  # the folder, the file, or a name for the pattern
+    paths: list[Path]
+    shards: tuple[str, ...]  # below the folder common to them
+    looks: npt.NDArray[np.int64]  # [s, 2] bytes, mtime (ns)
+
+    @classmethod
+    def of(cls, data: str | Path) -> _Listed:
+        paths = shard_paths(data)
+        try:
+            stats = [os.stat(path) for path in paths]
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
+        for path, info in zip(paths, stats, strict=True):
+            if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
+                raise DataError(f"{path} is not a regular file: name tar files only")
+        looks = np.array([(s.st_size, s.st_mtime_ns) for s in stats], np.int64).reshape(-1, 2)
+        common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+        root = Path(data).expanduser()
+        if not root.exists():  # a pattern
+            root = Path(common) / re.sub(r"[^\w.-]", "_", root.name)
+        return cls(root, paths, tuple(os.path.relpath(path, common) for path in paths), looks)
+
+    def stored(self) -> Iterator[TarIndex]:
+        """The indexes kept of them, whether they still fit or not."""
+        for place in locations(self.root):
+            if (known := load(place, self.root, self.paths)) is not None:
+                yield known
+
+    def fits(self, index: TarIndex) -> bool:
+        return index.shards == self.shards and np.array_equal(index.stats, self.looks)
+
+
+def stored_tar_index(data: str | Path) -> TarIndex | None:
+    """The index that `open_tar_index` would take as it is, if there is one; raises as it does."""
+    listed = _Listed.of(data)
+    return next((known for known in listed.stored() if listed.fits(known)), None)
+
+
 def open_tar_index(
     data: str | Path,
     *,
@@ -47,28 +90,12 @@ def open_tar_index(
     Raises:
         DataError: a shard is missing or no sound tar file, or they hold no images.
     """
-    paths = shard_paths(data)
-    try:
-        stats = [os.stat(path) for path in paths]
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
-    for path, info in zip(paths, stats, strict=True):
-        if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
-            raise DataError(f"{path} is not a regular file: name tar files only")
-    looks = np.array([(s.st_size, s.st_mtime_ns) for s in stats], np.int64).reshape(-1, 2)
-    common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-    shards = tuple(os.path.relpath(path, common) for path in paths)
-    root = Path(data).expanduser()
-    if not root.exists():  # a pattern
-        root = Path(common) / re.sub(r"[^\w.-]", "_", root.name)
-    for place in locations(root):
-        known = load(place, root, paths)
-        if known is None:
-            continue
-        fits = known.shards == shards and np.array_equal(known.stats, looks)
-        if fits and (known.verified or not verify):
+    listed = _Listed.of(data)
+    for known in listed.stored():
+        if listed.fits(known) and (known.verified or not verify):
             return known, 0
         verify = verify or known.verified  # what was verified once stays so
+    root, paths = listed.root, listed.paths
     threads = workers or len(os.sched_getaffinity(0))
     found = _list(paths, threads, progress)
     images = sum(len(samples.names) for samples in found)
@@ -80,7 +107,7 @@ def open_tar_index(
         )
     with Progress("verifying" if verify else "reading headers", images, enabled=progress) as bar:
         sizes, reasons = _measure(paths, found, verify=verify, workers=threads, bar=bar)
-    index = _assemble(root, paths, shards, looks, found, sizes, reasons, verify)
+    index = _assemble(root, paths, listed.shards, listed.looks, found, sizes, reasons, verify)
     keep(root, partial(save, index))
     return index, images
 

@@ -222,10 +222,10 @@ def test_unreadable_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     root = three_classes(tmp_path / "data")
     real_open, real_scandir = open, os.scandir
 
-    def refusing_open(path: bytes, *rest: object) -> object:
+    def refusing_open(path: bytes, *rest: object, **options: object) -> object:
         if os.fsdecode(path).endswith("dog/2.jpg"):
             raise PermissionError(13, "Permission denied")
-        return real_open(path, *rest)  # type: ignore[call-overload]
+        return real_open(path, *rest, **options)  # type: ignore[call-overload]
 
     def refusing_scandir(path: bytes) -> object:
         if os.fsdecode(path).endswith("/eel"):

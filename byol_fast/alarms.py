@@ -64,10 +64,14 @@ def alarms(values: Values, history: Sequence[Values], *, dim: int = 256) -> list
         for name in (metrics.LOSS, metrics.GRAD_NORM)
         if name in values and (text := _not_finite(name, values, history))
     ]
-    for gauge in gauges(dim):
-        if _begins(gauge, values, history):
-            found.append(_collapse(gauge, values, dim))
-    return found
+    return found + collapse_alarms(values, history, dim=dim)
+
+
+def collapse_alarms(values: Values, history: Sequence[Values], *, dim: int = 256) -> list[str]:
+    """Those of `alarms` that tell of a collapse."""
+    return [
+        _collapse(gauge, values, dim) for gauge in gauges(dim) if _begins(gauge, values, history)
+    ]
 
 
 def collapsed(values: Sequence[Values], *, dim: int = 256) -> bool:
@@ -130,9 +134,9 @@ def _not_finite(name: str, values: Values, history: Sequence[Values]) -> str:
         return ""  # told already
     what = metrics.METRICS[name].label.lower()
     return (
-        f"The {what} is not a finite number. The weights may be spoiled from here on. Try a lower "
-        "learning rate or a longer warm-up, bf16 or fp32 instead of fp16, and start again from "
-        "the last checkpoint before this step."
+        f"The {what} is not a finite number. Such a step is skipped: weights, target and running "
+        "statistics stay as they were. If it happens again and again, try a lower learning rate, a "
+        "longer warm-up, or bf16 or fp32 instead of fp16."
     )
 
 

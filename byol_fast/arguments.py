@@ -14,10 +14,12 @@ from byol_fast.flags import FALSE, TRUE, Flag, UsageError, nearest
 
 
 def find(name: str, flags: Mapping[str, Flag]) -> Flag | None:
-    """The flag of that dotted name or that leaf name; dashes count as underscores."""
+    """The flag of that dotted name or that leaf name, of today or formerly; dashes count as
+    underscores."""
     name = name.replace("-", "_")
-    leaves = {key.rpartition(".")[2]: flag for key, flag in flags.items()}
-    return flags.get(name) or leaves.get(name)
+    by_name = {flag.formerly: flag for flag in flags.values() if flag.formerly} | dict(flags)
+    leaves = {key.rpartition(".")[2]: flag for key, flag in by_name.items()}
+    return by_name.get(name) or leaves.get(name)
 
 
 def parse(
@@ -84,9 +86,11 @@ def flatten(
         where: the file, for messages.
     """
     sections = {name.partition(".")[0] for name in flags if "." in name}
+    renamed = {flag.formerly: name for name, flag in flags.items() if flag.formerly}
     values: dict[str, Any] = {}
     for key, raw in tree.items():
         name = f"{prefix}{key}".replace("-", "_")
+        name = renamed.get(name, name)
         if name in sections and (raw is None or isinstance(raw, Mapping)):
             values.update(flatten(raw or {}, flags, where, f"{name}."))
         elif name in sections:

@@ -13,6 +13,7 @@ from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
 from byol_fast.distributed import World
+from byol_fast.errors import CheckpointError
 from byol_fast.graphed import refusal
 from byol_fast.model import BYOL
 from byol_fast.online_eval import OnlineEvaluation
@@ -41,14 +42,11 @@ def assemble(
     """Model, optimizer, pipeline and log around one trainer, at the newest checkpoint."""
     config = resolved.config
     folder = RunFolder(config.out)
-    if world.is_main:
-        stack.enter_context(folder)
-    world.barrier()
+    state = _open_folder(folder, world, stack)
     identity = {
         "config": configuration.to_dict(config),
         "data": {"fingerprint": store.fingerprint, "images": len(store)},
     }
-    state = checkpoint.latest(folder.checkpoints, map_location=world.device)
     if state is not None:
         _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
     model = _build_model(config, world)
@@ -94,6 +92,37 @@ def assemble(
         checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
         folder.status("running", step=trainer.step, total_steps=plan.total_steps)
     return trainer, folder
+
+
+def _open_folder(
+    folder: RunFolder, world: World, stack: contextlib.ExitStack
+) -> dict[str, Any] | None:
+    """Rank 0 takes the folder and finds the newest whole checkpoint; all ranks load that one."""
+    state: dict[str, Any] | None = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            stack.enter_context(folder)
+            _prepare(folder)
+            state = checkpoint.latest(folder.checkpoints, map_location=world.device)
+        except (ValueError, CheckpointError) as caught:
+            error = caught
+    step, error = world.share((state and state["step"], error))
+    if error is not None:
+        raise error
+    if step is None or world.is_main:
+        return state
+    return checkpoint.load(checkpoint.path_of(folder.checkpoints, step), map_location=world.device)
+
+
+def _prepare(folder: RunFolder) -> None:
+    try:
+        checkpoint.prepare(folder.checkpoints)
+    except OSError as error:
+        raise ValueError(
+            f"checkpoints cannot be written to {folder.checkpoints}: {error}. Choose another "
+            f"folder with --out, or mend its permissions"
+        ) from error
 
 
 def _build_pipeline(resolved: Resolved, store: Store, world: World) -> ViewPipeline:
@@ -202,8 +231,12 @@ def _run_plan(resolved: Resolved, world: World) -> RunPlan:
         eval_every=config.monitor.eval_every,
         checkpoint_steps=config.checkpoint.every_steps,
         checkpoint_minutes=config.checkpoint.every_minutes,
-        keep_checkpoints=config.checkpoint.keep,
-        stop_on_collapse=config.monitor.on_collapse == "stop",
+        keep_checkpoints=config.checkpoint.keep_newest,
+        keep_every=config.checkpoint.keep_every(
+            samples=resolved.samples, global_batch=resolved.global_batch
+        ),
+        stop_collapsed=config.monitor.stop_collapsed,
+        stop_nonfinite=config.monitor.stop_nonfinite,
     )
 
 

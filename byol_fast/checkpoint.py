@@ -2,60 +2,112 @@
 
 A run keeps `checkpoints/step-00012345.pt` with `step-00012345.pt.sha256` beside it. The hash is put
 in place before the file it describes, so a checkpoint under its final name always has one.
+`async_checkpoint.py` does this beside the training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from byol_fast.errors import CheckpointError
+from byol_fast.errors import CheckpointError, SaveError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt")
+_OVERHEAD = 1 << 20  # bytes of a file besides its tensors: names, settings, the zip's table
 
 
-def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write `state` as the checkpoint of `step`, then remove all but the newest `keep`.
+def save(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    *,
+    keep: int = 2,
+    keep_every: int | Fraction | None = None,
+    before: Callable[[], None] | None = None,
+) -> Path:
+    """Write `state` as the checkpoint of `step`, then remove those that need not stay.
 
     Args:
         folder: the run's `checkpoints` folder; made if missing.
         state: tensors, numbers, strings and containers of them.
+        keep: how many of the newest stay.
+        keep_every: steps; of each span of that many the first checkpoint stays for good.
+        before: called before the file gets its name, for what has to be on the disk by then.
 
     Raises:
-        OSError: the disk is full or read-only; earlier checkpoints are untouched.
+        SaveError: the disk is full or read-only; earlier checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    path = folder / f"step-{step:08d}.pt"
+    path = path_of(folder, step)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "step": step, **state}, file)
+        prepare(folder)
+        _require_space(folder, nbytes(state) + _OVERHEAD)
+        with open(temporary, "wb") as raw:
+            file = _HashedFile(raw)
+            torch.save({"format": FORMAT, "step": step, **state}, file)  # type: ignore[arg-type]
             file.flush()
-            os.fsync(file.fileno())
-        _write(_hash_path(path), file_hash(temporary) + "\n")
+            os.fsync(raw.fileno())
+        if before is not None:
+            before()
+        _write(_hash_path(path), file.sha256.hexdigest() + "\n")
         os.replace(temporary, path)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on ENOSPC
-        temporary.unlink(missing_ok=True)
-        raise OSError(
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SaveError(
             f"checkpoint of step {step} was NOT saved to {path}: {error}. "
             f"Free some space (or fix the folder's permissions) and repeat the command"
         ) from error
-    for old in list(_found(folder))[keep:]:
-        old.unlink(missing_ok=True)
-        _hash_path(old).unlink(missing_ok=True)
+    found = {_step(old): old for old in _found(folder)}
+    for old in surplus(found, keep, keep_every):
+        found[old].unlink(missing_ok=True)
+        _hash_path(found[old]).unlink(missing_ok=True)
     return path
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder and sweep it. Raises OSError where that is not possible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written")
+    sweep(folder)
+
+
+def surplus(steps: Iterable[int], keep: int, every: int | Fraction | None) -> list[int]:
+    """Which checkpoints need not stay: neither among the newest `keep` nor the first of a span."""
+    ordered = sorted(steps)
+    spare, span = [], 0
+    for step in ordered[:-keep]:
+        if every is not None and step // every > span:
+            span = step // every
+        else:
+            spare.append(step)
+    return spare
+
+
+def nbytes(state: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping):
+        return sum(map(nbytes, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(nbytes, state))
+    return 0
 
 
 def load(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
@@ -69,7 +121,7 @@ def load(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no such checkpoint")
     if not hash_path.is_file():
         raise CheckpointError(f"{path}: its hash file {hash_path.name} is missing")
-    if file_hash(path) != hash_path.read_text().strip():
+    if file_hash(path).encode() != hash_path.read_bytes().strip():  # it may be damaged itself
         raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
@@ -111,6 +163,11 @@ def sweep(folder: Path) -> None:
             hash_path.unlink(missing_ok=True)
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return folder / f"step-{step:08d}.pt"
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file, in hex."""
     with open(path, "rb") as file:
@@ -126,8 +183,36 @@ def write_text(path: Path, text: str) -> None:
 
 def _found(folder: Path) -> Iterator[Path]:
     """Checkpoint files, the newest step first."""
-    named = [(m, p) for p in folder.glob("step-*.pt") if (m := _NAME.fullmatch(p.name))]
-    yield from (p for _, p in sorted(named, key=lambda pair: -int(pair[0][1])))
+    named = [p for p in folder.glob("step-*.pt") if _NAME.fullmatch(p.name)]
+    yield from sorted(named, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found
+    return int(found[1])
+
+
+class _HashedFile:
+    """A file that is hashed while it is written: once through the data instead of twice."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free in {folder}"
+        )
 
 
 def _hash_path(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +15,8 @@ from byol_fast.config import ACTIONS, FLAGS, Config, parse, to_yaml
 from byol_fast.errors import Exit
 from byol_fast.flags import UsageError, nearest
 from byol_fast.recipes import fill
+
+_ROW = re.compile(r"epoch=(\d+), ?index=(\d+)")
 
 COMMANDS = {
     "pretrain": ("byol_fast.pretrain", "learn a representation from a folder of images"),
@@ -53,6 +56,7 @@ class PretrainCall:
 
     config: Config  # without the recipe's values
     dry_run: bool
+    replay: tuple[int, int] | None = None  # epoch and index of a row to be drawn
 
 
 def pretrain_arguments(argv: Sequence[str]) -> PretrainCall | int:
@@ -68,7 +72,8 @@ def pretrain_arguments(argv: Sequence[str]) -> PretrainCall | int:
         _say(help_page())
         return Exit.DONE
     try:
-        config = parse([word for word in argv if word not in actions])
+        words, row = _take_replay([word for word in argv if word not in actions])
+        config = parse(words)
         if "--print-config" in asked:
             _say(to_yaml(fill(config)), end="")
             return Exit.DONE
@@ -77,7 +82,24 @@ def pretrain_arguments(argv: Sequence[str]) -> PretrainCall | int:
     except UsageError as error:
         _say(f"error: {error}", file=sys.stderr)
         return Exit.USAGE
-    return PretrainCall(config=config, dry_run="--dry-run" in asked)
+    return PretrainCall(config=config, dry_run="--dry-run" in asked, replay=row)
+
+
+def _take_replay(words: list[str]) -> tuple[list[str], tuple[int, int] | None]:
+    """The other words, and the row that `--replay epoch=3,index=1234` names."""
+    rest, row = list[str](), None
+    while words:
+        word = words.pop(0)
+        name, equals, given = word.partition("=")
+        if name != "--replay":
+            rest.append(word)
+            continue
+        given = given if equals else words.pop(0) if words else ""
+        found = _ROW.fullmatch(given)
+        if not found:
+            raise UsageError(f"--replay needs a row such as epoch=3,index=1234, got {given!r}")
+        row = int(found[1]), int(found[2])
+    return rest, row
 
 
 def help_page() -> str:

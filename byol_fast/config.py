@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -24,15 +25,17 @@ ACTIONS = {
     "--config FILE": "settings from a YAML file (as --print-config prints it); flags override it",
     "--print-config": "print the settings with the recipe's values filled in, and stop",
     "--dry-run": "check the data and the settings, print the arithmetic, and stop",
+    "--replay epoch=3,index=1234": "draw the two views of that sample in that epoch, and stop",
     "--help": "this text",
 }
 RECIPE = "the recipe's"  # what None stands for until `recipes.fill`
 BACKENDS = ("auto", "torch", "dali", "ffcv", "synthetic")
 _BACKEND = re.compile(rf"{'|'.join(BACKENDS)}|dali:(cpu|mixed(:(0(\.\d+)?|1(\.0+)?))?)")
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(m|h)|(\d+)")
+_KEEP = re.compile(r"([1-9]\d*)(?:, ?every=([1-9]\d*)(e?))?")
 
 
-def _recipe(text: str, *, free: bool = False, **bounds: float) -> Any:
+def _recipe(text: str, *, free: bool = False, **bounds: Any) -> Any:
     """A field whose value is the recipe's unless set: None until `recipes.fill`."""
     return setting(text, default=None, unset=RECIPE, free=free, **bounds)
 
@@ -152,11 +155,23 @@ class MonitorConfig(Section):
     tracker: Literal["tensorboard", "wandb", "both", "none"] = setting(
         "where curves go besides metrics.jsonl", default="tensorboard", free=True
     )
-    on_collapse: Literal["warn", "stop"] = setting(
-        "when the embeddings collapse: say so, or end the run with exit code 5",
+    on_trouble: Literal["warn", "stop", "stop-collapsed", "stop-nonfinite"] = setting(
+        "when the embeddings collapse, or a loss or gradient is not finite (such a step is always "
+        "skipped): say so and go on, or end the run with exit code 5, for both or for one of them",
         default="warn",
         free=True,
+        formerly="on_collapse",
     )
+
+    @property
+    def stop_collapsed(self) -> bool:
+        """Whether collapsed embeddings end the run."""
+        return self.on_trouble in ("stop", "stop-collapsed")
+
+    @property
+    def stop_nonfinite(self) -> bool:
+        """Whether a step that is not finite ends the run."""
+        return self.on_trouble in ("stop", "stop-nonfinite")
 
     @property
     def tensorboard(self) -> bool:
@@ -177,7 +192,13 @@ class CheckpointConfig(Section):
     every: int | str = setting(
         "how often: 30m, 2h, or a number of steps", default="30m", free=True, above=0
     )
-    keep: int = setting("how many of the newest stay on disk", default=2, free=True, at_least=1)
+    keep: int | str = setting(
+        "how many of the newest stay on disk; 2,every=5000 also keeps one for good every 5000 "
+        "steps, and 2,every=10e every 10 epochs",
+        default=2,
+        free=True,
+        at_least=1,
+    )
     allow_config_change: bool = setting(
         "resume although settings differ from the checkpoint's", default=False, free=True
     )
@@ -190,6 +211,26 @@ class CheckpointConfig(Section):
                 f"--checkpoint.every must be minutes (30m), hours (2h) or a number of steps (500), "
                 f"got {self.every!r}"
             )
+        if not _KEEP.fullmatch(str(self.keep)):
+            raise UsageError(
+                f"--checkpoint.keep must be a number (2), or one with steps or epochs after which "
+                f"a checkpoint stays for good (2,every=5000 or 2,every=10e), got {self.keep!r}"
+            )
+
+    @property
+    def keep_newest(self) -> int:
+        """How many of the newest stay."""
+        return self._keep()[0]
+
+    def keep_every(self, *, samples: int, global_batch: int) -> Fraction | None:
+        """Steps between checkpoints that stay for good; None: none does."""
+        _, every, epochs = self._keep()
+        return Fraction(every * samples, global_batch) if epochs else Fraction(every or 0) or None
+
+    def _keep(self) -> tuple[int, int, bool]:
+        found = _KEEP.fullmatch(str(self.keep))
+        assert found
+        return int(found[1]), int(found[2] or 0), bool(found[3])
 
     @property
     def every_steps(self) -> int:

@@ -48,6 +48,14 @@ class World:
         dist.all_reduce(values, group=self.control)
         return values / self.size
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here, however long one of them takes."""
         if self.patient is not None:

@@ -9,6 +9,7 @@ class Exit(IntEnum):
     """What a command's exit status means."""
 
     DONE = 0
+    FAILED = 1  # a checkpoint could not be written, or an error that is not the user's
     USAGE = 2
     NO_CHECKPOINT = 3
     DATA = 4
@@ -20,9 +21,13 @@ class CheckpointError(RuntimeError):
     """No checkpoint can be loaded; the message names the files and what is wrong with each."""
 
 
+class SaveError(OSError):
+    """A checkpoint was not written; the message has path, cause and mend."""
+
+
 class Diverged(RuntimeError):
-    """Training was stopped: the loss is not finite, or the embeddings have collapsed."""
+    """Training was stopped: steps are not finite, or the embeddings have collapsed."""
 
 
 class Preempted(RuntimeError):
-    """A signal asked the run to end; a checkpoint of the last step has been written."""
+    """A signal asked the run to end; a checkpoint of the last step, if any, has been written."""

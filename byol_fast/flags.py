@@ -32,6 +32,7 @@ def setting(
     default: Any,
     unset: str = "",  # what None stands for, in the words of the help text; "" forbids None
     free: bool = False,  # may differ when a run is resumed
+    formerly: str = "",  # its name in earlier versions, still understood
     at_least: float | None = None,
     at_most: float | None = None,
     above: float | None = None,
@@ -39,6 +40,7 @@ def setting(
     """A dataclass field with its help, its bounds, and whether a resumed run may change it."""
     bounds = {"at least": at_least, "at most": at_most, "above": above}
     metadata = {"help": text, "unset": unset, "free": free, "bounds": bounds}
+    metadata["formerly"] = formerly
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -54,6 +56,7 @@ class Flag:
     unset: str
     free: bool
     bounds: Mapping[str, float | None]
+    formerly: str  # dotted; "" if it had no other
 
     @property
     def option(self) -> str:
@@ -163,8 +166,10 @@ def flags_of(cls: type[Any], prefix: str = "") -> Mapping[str, Flag]:
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         name = f"{prefix}.{field.name}" if prefix else field.name
+        old = field.metadata["formerly"]
         flags[name] = Flag(
             name=name,
+            formerly=f"{prefix}.{old}" if prefix and old else old,
             kinds=(str,) if choices else tuple(p for p in parts if p is not types.NoneType),
             choices=choices,
             default=field.default,

@@ -61,7 +61,7 @@ class FusedGroup:
         self._sent: list[int] = []
         self._sizes: list[int] = []
         self._table = self._pieces = self._first = self._counts = torch.empty(0)
-        self._partial = self._ratios = torch.empty(0)
+        self._partial = self._ratios = self._always = torch.empty(0)
 
     def update(
         self,
@@ -72,6 +72,7 @@ class FusedGroup:
         *,
         lr: float | Tensor,
         decay: float | Tensor,  # τ
+        finite: Tensor | None = None,  # 0-d bool on the device: where False nothing changes
         momentum: float,
         weight_decay: float,
         eta: float | None,  # None: no trust ratio
@@ -102,6 +103,7 @@ class FusedGroup:
             self._table, self._pieces, self._counts, self._ratios,
             lr,
             decay if isinstance(decay, Tensor) else 1.0 - decay,
+            self._always if finite is None else finite.to(torch.int32),
             weight_decay, momentum,
             ADAPT=eta is not None,
             LR_INSIDE=lr_in_momentum,
@@ -128,6 +130,7 @@ class FusedGroup:
             self._first = _send(first.astype(np.int32), device)
             self._counts = _send(np.array(counts, dtype=np.int64), device)
             self._partial = torch.empty(len(tensor), 2, device=device)
+            self._always = torch.ones((), dtype=torch.int32, device=device)
             self._ratios = torch.empty(len(counts), device=device)
             self._table = torch.empty(len(self._addresses), dtype=torch.int64, device=device)
             self._sent = []
@@ -238,6 +241,7 @@ def _apply(
     ratios,
     lr,  # number, or pointer to one
     decay,  # pointer to τ, or the number 1 − τ
+    finite,  # int32 []: 0 leaves everything as it is
     weight_decay,
     momentum,
     ADAPT: tl.constexpr,
@@ -252,6 +256,7 @@ def _apply(
     tensor = tl.load(pieces + piece * 2)
     start = tl.load(pieces + piece * 2 + 1).to(tl.int64) * PIECE
     left = tl.minimum(tl.load(counts + tensor) - start, PIECE)
+    left = tl.where(tl.load(finite) != 0, left, 0)  # no element is read or written
     p = _floats(table, tensor, 0, ALIGNED) + start
     g = _floats(table, tensor, 1, ALIGNED) + start
     m = _floats(table, tensor, 2, ALIGNED) + start

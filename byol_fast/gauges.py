@@ -37,12 +37,15 @@ def embedding_std(z: Tensor) -> Tensor:
 def rankme(z: Tensor) -> Tensor:
     """Effective rank of `z` [n, d]: exp of the entropy of its normalised singular values.
 
-    Between 1 (all embeddings on one line) and min(n, d), so values compare only at equal n and d.
+    Between 1 (all embeddings on one line) and min(n, d), so values compare only at equal n and d;
+    NaN where an embedding is not finite.
     Source: RankMe (Garrido et al. 2023), equation 1.
     """
-    values = torch.linalg.svdvals(_rows(z, 1))
+    rows = _rows(z, 1)
+    finite = rows.isfinite().all()
+    values = torch.linalg.svdvals(torch.where(finite, rows, 0.0))  # it raises on NaN
     share: Tensor = values / values.sum().clamp_min(RANKME_EPS) + RANKME_EPS
-    return share.mul(share.log()).sum().neg().exp()
+    return torch.where(finite, share.mul(share.log()).sum().neg().exp(), torch.nan)
 
 
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:

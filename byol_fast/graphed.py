@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from byol_fast.compiled import Networks
+from byol_fast.guard import Guard
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, set_lr
 from byol_fast.step import StepOutput, train_step
@@ -53,10 +54,11 @@ class GraphedStep:
         optimizer: LARS,
         *,
         autocast_dtype: torch.dtype | None,
+        guard: Guard | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self._model, self._networks, self._optimizer = model, networks, optimizer
-        self._autocast = autocast_dtype
+        self._autocast, self._guard = autocast_dtype, guard
         self._decay = torch.zeros((), dtype=torch.float64, device=device)
         lr = torch.zeros((), device=device)
         for group in optimizer.param_groups:
@@ -89,6 +91,7 @@ class GraphedStep:
             accumulate=1,
             decay=self._decay,
             autocast_dtype=self._autocast,
+            guard=self._guard,
         )
 
     def _as_usual(self, x: Tensor) -> StepOutput:
@@ -99,7 +102,8 @@ class GraphedStep:
         current.wait_stream(self._side)
         x.record_stream(self._side)
         for tensor in output:
-            tensor.record_stream(current)
+            if tensor is not None:
+                tensor.record_stream(current)
         return output
 
     def _capture(self, x: Tensor) -> None:

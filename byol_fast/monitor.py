@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any, SupportsFloat
 
 from byol_fast import live, metrics, sinks
-from byol_fast.alarms import alarms, collapsed, healthy_std
+from byol_fast.alarms import alarms, collapse_alarms, collapsed, healthy_std
 from byol_fast.metrics import METRICS, Values
 
-__all__ = ["LogError", "RunLog", "alarms", "collapsed", "healthy_std"]
+__all__ = ["LogError", "RunLog", "alarms", "collapse_alarms", "collapsed", "healthy_std"]
 
 log = logging.getLogger(__name__)
 

@@ -113,24 +113,39 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_and_average(
-        self, target: list[Tensor], online: list[Tensor], decay: float | Tensor
+        self,
+        target: list[Tensor],
+        online: list[Tensor],
+        decay: float | Tensor,
+        *,
+        finite: Tensor | None = None,
     ) -> None:
-        """`step()`, then `ema_(target, online, decay)`: in one pass over memory if fused."""
+        """`step()`, then `ema_(target, online, decay)`: in one pass over memory if fused.
+
+        finite: a 0-d bool tensor; where it is False nothing changes. Only a fused update reads it
+            without waiting for the device.
+        """
         if not self._fused:
-            self.step()
-            ema_(target, online, decay)
+            if finite is None or bool(finite):
+                self.step()
+                ema_(target, online, decay)
             return
         follower = dict(zip(online, target, strict=True))
-        self._run(follower, decay)
+        self._run(follower, decay, finite)
         late = [(t, o) for o, t in follower.items()]  # those that no group stepped
-        ema_([t for t, _ in late], [o for _, o in late], decay)
+        ema_([t for t, _ in late], [o for _, o in late], decay, finite=finite)
 
     def settle(self) -> None:
         """After a CUDA graph was captured with a step in it: sends what could not be sent then."""
         for group in self._fused:
             group.settle()
 
-    def _run(self, follower: dict[Tensor, Tensor], decay: float | Tensor) -> None:
+    def _run(
+        self,
+        follower: dict[Tensor, Tensor],
+        decay: float | Tensor,
+        finite: Tensor | None = None,
+    ) -> None:
         """Updates every group; a fused one takes its parameters' followers out of the dict."""
         for number, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
@@ -147,6 +162,7 @@ class LARS(torch.optim.Optimizer):
                 [follower.pop(p, None) for p in params],
                 lr=group["lr"],
                 decay=decay,
+                finite=finite,
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 eta=group["eta"] if group["adapt"] else None,
@@ -222,20 +238,30 @@ def param_groups(
 
 
 @torch.no_grad()
-def ema_(target: list[Tensor], online: list[Tensor], decay: float | Tensor) -> None:
+def ema_(
+    target: list[Tensor],
+    online: list[Tensor],
+    decay: float | Tensor,
+    *,
+    finite: Tensor | None = None,
+) -> None:
     """target = decay·target + (1 − decay)·online, in place, as multi-tensor calls.
 
     Give parameters, not buffers, and keep them fp32: at decay .996 and above a bf16 average stands
     still. `decay` may be a 0-d tensor on the parameters' device; nothing is read back from it.
-    Empty lists are fine: SimSiam has no target.
+    Where `finite`, a 0-d bool tensor, is False the target stays (`online` must be finite all the
+    same). Empty lists are fine: SimSiam has no target.
     """
-    if not target:
+    if not target or (finite is not None and not finite.is_cuda and not bool(finite)):
         return
-    if not isinstance(decay, Tensor):
-        torch._foreach_lerp_(target, online, 1.0 - decay)
+    share = 1.0 - decay
+    if finite is not None and finite.is_cuda:
+        share = torch.where(finite, share, 0.0)
+    if not isinstance(share, Tensor):
+        torch._foreach_lerp_(target, online, share)
         return
     # _foreach_lerp_ takes host scalars only, so the same lerp in three calls.
-    weight = (1.0 - decay).to(target[0].dtype)
+    weight = share.to(target[0].dtype)
     step = torch._foreach_sub(online, target)
     torch._foreach_mul_(step, weight)
     torch._foreach_add_(target, step)

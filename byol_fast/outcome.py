@@ -49,6 +49,7 @@ def _summarise(trainer: Trainer, folder: RunFolder, exports: list[str]) -> None:
             "step": max(0.0, trainer.session_seconds - stats["wait"] - stats["augment"]),
         },
         quarantined=len(store.quarantined),
+        skipped_steps=trainer.nonfinite.total,
         bad_images={store.name(row): reason for row, reason in stats["bad"].items()},
         exports=exports,
         report=str(folder.path / "report.html"),

@@ -9,16 +9,20 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from byol_fast.cli import pretrain_arguments
+from byol_fast.cli import PretrainCall, pretrain_arguments
 from byol_fast.config import Config
-from byol_fast.errors import CheckpointError, Diverged, Exit, Preempted
+from byol_fast.errors import CheckpointError, Diverged, Exit, Preempted, SaveError
+from byol_fast.signals import StopSignal
 
 if TYPE_CHECKING:
     from byol_fast.distributed import World
     from byol_fast.recipes import Resolved
+    from byol_fast.runfolder import RunFolder
+    from byol_fast.trainer import Trainer
     from pipelines.stores import Store
 
 log = logging.getLogger("byol_fast")
@@ -30,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(call, int):
         return call
     from byol_fast import distributed  # torch is imported here, after --help has been answered
-    from pipelines.errors import DataError, MissingBackend
 
     try:
         world = distributed.start(call.config.device)
@@ -38,39 +41,67 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(Exit.USAGE, error)
     _log_to_stderr(world)
     try:
-        pretrain(call.config, world, dry_run=call.dry_run)
+        with StopSignal() as signal:
+            return _ends_well(call, world, signal)
+    finally:
+        distributed.stop()
+
+
+def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
+    """Run the call; whatever ends it becomes a message and an exit code."""
+    from byol_fast import failures
+    from pipelines.errors import DataError, MissingBackend
+
+    notes = failures.of_this_process(world.rank)
+    notes.watch()
+    try:
+        pretrain(call, world, signal)
     except DataError as error:
         return _failed(Exit.DATA, error)
     except (_Mistake, MissingBackend) as error:
         return _failed(Exit.USAGE, error)
     except CheckpointError as error:
         return _failed(Exit.NO_CHECKPOINT, error)
+    except SaveError as error:
+        return _failed(Exit.FAILED, error)
     except Diverged as error:
         return _failed(Exit.DIVERGED, error)
     except Preempted as error:
         log.warning("stopped: %s. Repeat the command to go on", error)
         return Exit.PREEMPTED
-    finally:
-        distributed.stop()
+    except Exception as error:
+        if signal.received and world.size > 1:  # the others have left, and this rank was to leave
+            log.warning("stopped: %s, while waiting for other ranks (%s)", signal.name, error)
+            return Exit.PREEMPTED
+        if first := notes.report(error):
+            print(f"error on rank {world.rank}: ended, since {first}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        return Exit.FAILED
     return Exit.DONE
 
 
-def pretrain(config: Config, world: World, *, dry_run: bool = False) -> None:
+def pretrain(call: PretrainCall, world: World, signal: StopSignal) -> None:
     """One session of a run: from the data and the newest checkpoint to the exported backbone."""
     from byol_fast.assemble import assemble
     from byol_fast.outcome import finish
 
+    config = call.config
     with _mistakes():
-        store, eval_store = _open_data(config, world)
+        store, eval_store = _open_data(config, world, signal)
         resolved = _resolve(config, store, world)
-    if dry_run:
+        if call.replay is not None and world.is_main:
+            from byol_fast.replay import replay
+
+            replay(resolved, store, *call.replay)
+    if call.dry_run or call.replay is not None:
         return
     with contextlib.ExitStack() as stack:
         with _mistakes():
             trainer, folder = assemble(resolved, store, eval_store, world, stack)
         outcome, reason = "failed", ""
         try:
-            if trainer.run():
+            if trainer.run(signal):
                 outcome = "done"
                 if world.is_main:
                     finish(trainer, folder)
@@ -85,11 +116,21 @@ def pretrain(config: Config, world: World, *, dry_run: bool = False) -> None:
             raise
         finally:
             if world.is_main:
-                total = trainer.plan.total_steps
-                folder.status(outcome, step=trainer.step, total_steps=total, reason=reason)
+                _close(trainer, folder, outcome, reason)
 
 
-def _open_data(config: Config, world: World) -> tuple[Store, Store | None]:
+def _close(trainer: Trainer, folder: RunFolder, outcome: str, reason: str) -> None:
+    """Let the writer finish, and say how the run stands; trouble with that is only told."""
+    try:
+        with contextlib.suppress(SaveError):  # told by the writer
+            trainer.writer.wait()
+        total = trainer.plan.total_steps
+        folder.status(outcome, step=trainer.step, total_steps=total, reason=reason)
+    except OSError as error:
+        log.error("status.json could not be written: %s", error)
+
+
+def _open_data(config: Config, world: World, signal: StopSignal) -> tuple[Store, Store | None]:
     """Rank 0 indexes; the others then read its index. An error of rank 0 is everybody's."""
     from pipelines.errors import DataError
     from pipelines.stores import open_store
@@ -99,14 +140,19 @@ def _open_data(config: Config, world: World) -> tuple[Store, Store | None]:
         train = open_store(config.data, verify=verify, progress=world.is_main)
         return train, open_store(evaluated, verify=verify) if evaluated else None
 
-    stores, error = None, None
+    stores: tuple[Store, Store | None] | None = None
+    error: DataError | Preempted | None = None
     if world.is_main:
         try:
-            stores = open_both()
+            with signal.interrupting("the data was indexed"):
+                stores = open_both()
         except DataError as caught:
-            error = str(caught)
-    if message := world.share(error):
-        raise DataError(message)
+            error = DataError(str(caught))
+        except Preempted as caught:
+            error = caught
+            _note_preempted(config, str(caught))
+    if (theirs := world.share(error)) is not None:
+        raise theirs
     train, evaluation = stores or open_both()
     refuse_other_images(train, config, world)
     if world.is_main:
@@ -134,6 +180,16 @@ def refuse_other_images(store: Store, config: Config, world: World) -> None:
             f"{config.data} does not hold the same images on every machine: copy it again where it "
             "differs, or keep it on a file system that all of them share"
         )
+
+
+def _note_preempted(config: Config, reason: str) -> None:
+    """`status.json` of a run that was stopped before it had begun; not if it is another's."""
+    from byol_fast.runfolder import RunFolder
+
+    with contextlib.suppress(ValueError, OSError), RunFolder(config.out) as folder:
+        before = folder.read_status()
+        step, total = before.get("step", 0), before.get("total_steps", 0)
+        folder.status("preempted", step=step, total_steps=total, reason=reason)
 
 
 def _tell_quarantined(store: Store) -> None:
@@ -172,20 +228,22 @@ class _Mistake(ValueError):
 @contextlib.contextmanager
 def _mistakes() -> Iterator[None]:
     """During the setup a ValueError is about what was asked for; later it is a bug of ours."""
+    from byol_fast.monitor import LogError
     from pipelines.errors import DataError
 
     try:
         yield
     except DataError:
         raise
-    except ValueError as error:
+    except (ValueError, LogError) as error:
         raise _Mistake(str(error)) from error
 
 
-def _failed(code: Exit, error: BaseException) -> int:
+def _failed(code: Exit, error: BaseException) -> Exit:
     """Tell the error: rank 0's, or one that rank 0 need not have met."""
     rank = os.environ.get("RANK", "0")
-    print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+    text = f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}"
+    print(text, file=sys.stderr, flush=True)
     return code
 
 

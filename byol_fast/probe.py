@@ -26,12 +26,18 @@ class OnlineProbe:
         nn.init.zeros_(self.linear.bias)
         self._optimizer = torch.optim.SGD(self.linear.parameters(), lr=lr, momentum=0.9)
 
-    def update(self, representation: Tensor, labels: Tensor) -> Tensor:
+    def update(
+        self, representation: Tensor, labels: Tensor, finite: Tensor | None = None
+    ) -> Tensor:
         """One step on `representation` [V*B, F] with `labels` [B]; returns the loss, a 0-d tensor.
 
-        Nothing is read back from the device.
+        Where `finite`, a 0-d bool tensor, is False nothing is learned from it (the momentum of
+        earlier steps goes on). Nothing is read back from the device.
         """
         views = len(representation) // len(labels)
+        if finite is not None:
+            representation = torch.where(finite, representation, 0.0)
+            labels = torch.where(finite, labels, -1)
         with torch.enable_grad():
             logits = self.linear(representation.detach().float())
             loss = F.cross_entropy(logits, labels.repeat(views), ignore_index=-1)

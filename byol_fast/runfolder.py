@@ -66,6 +66,11 @@ class RunFolder:
         content = {"state": state, "step": step, "total_steps": total_steps, "reason": reason}
         write_text(self.path / "status.json", json.dumps(content, indent=1) + "\n")
 
+    def read_status(self) -> dict[str, Any]:
+        """`status.json` as it stands; empty if there is none."""
+        path = self.path / "status.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
     def summary(self) -> dict[str, Any]:
         """`summary.json` as it stands; empty before the first result."""
         path = self.path / "summary.json"

@@ -1,12 +1,16 @@
-"""A request to stop, noticed between two steps instead of in the middle of one."""
+"""A request to stop: noticed between two steps, or at once where there is nothing to save."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+from byol_fast.errors import Preempted
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +23,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = False
         self.name = ""
+        self._interrupts = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -35,7 +40,32 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def interrupting(self, doing: str) -> Iterator[None]:
+        """A block that the first signal leaves at once.
+
+        Args:
+            doing: what the block does, for the reason: "indexing".
+
+        Raises:
+            Preempted: a signal came in the block, or had come before.
+        """
+        self._doing, self._interrupts = doing, True
+        try:
+            if self.received:
+                raise self._preempted()
+            yield
+        finally:
+            self._interrupts = False
+
+    def _preempted(self) -> Preempted:
+        return Preempted(f"{self.name} while {self._doing}")
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            self.received, self.name = True, signal.Signals(number).name
-            log.warning("%s: saving a checkpoint after this step, then stopping", self.name)
+        if self.received:
+            return
+        self.received, self.name = True, signal.Signals(number).name
+        if self._interrupts:
+            self._interrupts = False
+            raise self._preempted()
+        log.warning("%s: stopping, with a checkpoint if there is a step to save", self.name)

@@ -6,16 +6,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from byol_fast import checkpoint, gauges, graphed, monitor
+from byol_fast import gauges, graphed, monitor
+from byol_fast.async_checkpoint import CheckpointWriter
 from byol_fast.clock import Clock
 from byol_fast.compiled import Networks
 from byol_fast.distributed import World, data_parallel
-from byol_fast.errors import Diverged, Preempted
+from byol_fast.divergence import NonFinite
+from byol_fast.errors import Diverged, Preempted, SaveError
+from byol_fast.guard import Guard
 from byol_fast.model import BYOL
 from byol_fast.online_eval import OnlineEvaluation, save_view_pairs
 from byol_fast.optim import LARS, set_lr
@@ -44,7 +48,9 @@ class RunPlan:
     checkpoint_steps: int  # 0: by time alone
     checkpoint_minutes: float
     keep_checkpoints: int
-    stop_on_collapse: bool
+    keep_every: Fraction | None  # steps
+    stop_collapsed: bool
+    stop_nonfinite: bool
 
 
 class Trainer:
@@ -73,18 +79,33 @@ class Trainer:
             self.networks = replace(networks, online=data_parallel(networks.online, world))
         self.lr, self.decay = 0.0, plan.target_decay
         self.scaler = torch.amp.GradScaler(world.device.type) if plan.precision == "fp16" else None
+        self.guard = Guard(model, window=plan.log_every)
+        self.nonfinite = NonFinite(
+            world, self.guard, pipeline, folder.path, runlog, stop=plan.stop_nonfinite
+        )
         self.graphed = (
             graphed.GraphedStep(
-                model, self.networks, optimizer, autocast_dtype=AUTOCAST.get(plan.precision)
+                model,
+                self.networks,
+                optimizer,
+                autocast_dtype=AUTOCAST.get(plan.precision),
+                guard=self.guard,
             )
             if graph
             else None
         )
         self.step = 0
         self.clock, self._seconds_before = Clock(), 0.0
-        self._finite = torch.ones((), dtype=torch.bool, device=world.device)
         self._probe_loss = torch.zeros((), device=world.device)
         self._saved_step, self._saved_at = -1, time.monotonic()
+        self._save_owed = self._evaluation_owed = False
+        self.writer = CheckpointWriter(
+            folder.checkpoints,
+            keep=plan.keep_checkpoints,
+            keep_every=plan.keep_every,
+            before=runlog.sync,  # the log reaches as far as the checkpoint does
+            after=lambda step: folder.status("running", step=step, total_steps=plan.total_steps),
+        )
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, and whom it belongs to."""
@@ -94,6 +115,8 @@ class Trainer:
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "probe": self.probe.state_dict() if self.probe else {},
             "seconds": self.clock.seconds,
+            "skipped_steps": self.nonfinite.total,
+            "evaluation_owed": self._evaluation_owed,
             **self.identity,
         }
 
@@ -106,6 +129,8 @@ class Trainer:
         if self.probe and state["probe"]:
             self.probe.load_state_dict(state["probe"])
         self.step, self._saved_step = state["step"], state["step"]
+        self.nonfinite.total = state.get("skipped_steps", 0)
+        self._evaluation_owed = state.get("evaluation_owed", False)
         self.clock, self._seconds_before = Clock(state["seconds"], self.step), state["seconds"]
 
     @property
@@ -113,31 +138,49 @@ class Trainer:
         """Seconds of training since this process began."""
         return self.clock.seconds - self._seconds_before
 
-    def run(self) -> bool:
+    def run(self, signal: StopSignal) -> bool:
         """Train to `total_steps` or `stop_after`; whether the run is complete.
 
         Raises:
-            Diverged: the loss is not finite, or the embeddings collapsed and policy says stop.
+            Diverged: steps were not finite or the embeddings collapsed, and policy says stop.
             Preempted: a signal ended the run; its checkpoint is written.
+            SaveError: a checkpoint could not be written.
         """
-        if self.step == 0:
-            self._baselines()
         stop = min(self.plan.total_steps, self.plan.stop_after)
+        if self.step == 0:
+            self._baselines(signal)
+        elif self._evaluation_owed:
+            self._evaluate(signal)
+        self._leave_if_asked(signal)
         views = self.pipeline.steps(self.step, stop)
         self.clock.lap()
-        with StopSignal() as signal:
-            while self.step < stop:
-                output = self._one_step(views)
-                if self.step % self.plan.log_every == 0 or self.step in (1, stop):
-                    self._log(output)
-                if self._evaluation_due():
-                    self._evaluate()
-                ending, saving = self.world.any(signal.received, self._checkpoint_due(stop))
-                if ending or saving:
-                    self._save()
-                if ending:
-                    raise Preempted(f"{signal.name or 'a signal to another rank'} at {self.step}")
+        while self.step < stop:
+            output = self._one_step(views)
+            self.after_step(output, signal, stop)
         return self.step >= self.plan.total_steps
+
+    def after_step(self, output: StepOutput, signal: StopSignal, stop: int) -> None:
+        """What is due after a step: log, evaluation, checkpoint, and the end if a signal asks."""
+        if self.step % self.plan.log_every == 0 or self.step in (1, stop):
+            self._log(output)
+        if self._evaluation_due():
+            self._evaluate(signal)
+        ending, saving, failed = self.world.any(
+            signal.received, self._checkpoint_due(stop), self.writer.error is not None
+        )
+        if failed and not ending:
+            self._settle_save()
+        if ending or saving:
+            self._save(wait=ending or self.step == stop)
+        if ending:
+            raise Preempted(f"{signal.name or 'a signal to another rank'} at step {self.step}")
+
+    def _leave_if_asked(self, signal: StopSignal) -> None:
+        """Before the first step of a session: there is nothing to save."""
+        (ending,) = self.world.any(signal.received)
+        if ending:
+            name = signal.name or "a signal to another rank"
+            raise Preempted(f"{name} at step {self.step}, before training")
 
     def _one_step(self, views: Iterator[Views]) -> StepOutput:
         plan, taken = self.plan, list[Views]()
@@ -170,14 +213,22 @@ class Trainer:
                 decay=self.decay,
                 autocast_dtype=AUTOCAST.get(plan.precision),
                 scaler=self.scaler,
+                guard=self.guard,
             )
+        finite = self._finite(output)
+        self.guard.note(self.step, finite, output.loss)
         if self.probe is not None:
-            self._probe_loss = self.probe.update(output.representation, taken[0].label)
-        self._finite &= output.loss.isfinite()
+            self._probe_loss = self.probe.update(output.representation, taken[0].label, finite)
         if self.step == 0 and self.world.is_main:
             save_view_pairs(self.folder.path / "views.npz", taken[0].x, self.pipeline.stream.spec)
         self.step += 1
         return output
+
+    def _finite(self, output: StepOutput) -> Tensor:
+        """Whether a step was one: its gradient is finite; under fp16, where that overflows now and
+        then by design, its loss."""
+        assert output.gradient_norm is not None
+        return (output.loss if self.scaler else output.gradient_norm).isfinite()
 
     def _log(self, output: StepOutput) -> None:
         """One line of the log; here, and only here and when saving, the host waits for the GPU."""
@@ -193,23 +244,26 @@ class Trainer:
             "time/elapsed": self.clock.seconds,
         }
         self.clock.waited = waited
-        self._refuse_non_finite()
+        self.nonfinite.look()
         dim = output.projection.shape[1]
-        found = monitor.alarms(values, self.runlog.history, dim=dim)  # history: on rank 0 alone
+        history = self.runlog.history  # on rank 0 alone
+        found = monitor.alarms(values, history, dim=dim)
+        collapses = monitor.collapse_alarms(values, history, dim=dim)
         self.runlog.log(self.step, values)
         for text in found:
             self.runlog.event(self.step, "alarm", text)
-        (collapsed,) = self.world.any(bool(found) and self.plan.stop_on_collapse)
+        (collapsed,) = self.world.any(bool(collapses) and self.plan.stop_collapsed)
         if collapsed:
-            raise Diverged("\n".join(found) or "another rank saw a collapse")
+            raise Diverged("\n".join(collapses) or "rank 0 saw a collapse")
 
     def _gauges(self, output: StepOutput) -> dict[str, float]:
         # Not the predictions: the predictor says the mean of the targets at first (see alarms.py).
         z = output.projection.float()
         first, second = z.chunk(2)
-        gradients = [p.grad for p in self.model.online.parameters() if p.grad is not None]
+        assert output.gradient_norm is not None
+        scale = self.scaler.get_scale() if self.scaler else 1.0
         device_values = {
-            "grad_norm": torch.nn.utils.get_total_norm(gradients),
+            "grad_norm": output.gradient_norm / scale,
             "embedding_std": gauges.embedding_std(z),
             "rankme": gauges.rankme(z),
             "alignment": gauges.alignment(first, second),
@@ -227,21 +281,9 @@ class Trainer:
             **dict(zip(device_values, numbers, strict=True)),
         }
 
-    def _refuse_non_finite(self) -> None:
-        (broken,) = self.world.any(not bool(self._finite))
-        if broken:
-            text = (
-                f"the loss is not a finite number at step {self.step} or shortly before: training "
-                f"has diverged. No checkpoint of it is kept; the newest one in "
-                f"{self.folder.checkpoints} is from before. Try a lower --optim.base-lr, more "
-                f"warm-up, or --precision fp32"
-            )
-            self.runlog.event(self.step, "diverged", text)
-            raise Diverged(text)
-
-    def _baselines(self) -> None:
+    def _baselines(self, signal: StopSignal) -> None:
         """What the trained network has to beat: raw pixels, and itself before training."""
-        with self._alone():
+        with self._alone(signal, "the untrained network was evaluated"):
             if self.evaluation is not None and self.world.is_main:
                 untrained = self.evaluation.measure(self._backbone())["knn_accuracy"]
                 self.folder.add_to_summary(
@@ -259,40 +301,62 @@ class Trainer:
         every = self.plan.eval_every
         return every > 0 and epochs // every > before // every
 
-    def _evaluate(self) -> None:
-        with self._alone():
+    def _evaluate(self, signal: StopSignal) -> None:
+        self._evaluation_owed = True
+        with self._alone(signal, "the network was evaluated"):
             if self.evaluation is not None and self.world.is_main:
                 values = self.evaluation.measure(self._backbone(), self.probe)
                 self.runlog.log(self.step, values)
                 self.evaluation.save_embedding(self.folder.path / "embedding.npz")
                 self.folder.add_to_summary(knn_trained=values["knn_accuracy"])
+            self._evaluation_owed = False
 
     def _checkpoint_due(self, stop: int) -> bool:
         if self.step == stop:
             return self._saved_step != self.step
-        if self.plan.checkpoint_steps and self.step % self.plan.checkpoint_steps == 0:
-            return True
-        return (
-            self.world.is_main
-            and time.monotonic() - self._saved_at > 60 * self.plan.checkpoint_minutes
-        )
+        if not self.world.is_main:
+            return False
+        plan, before = self.plan, self.step - 1
+        spans = [plan.checkpoint_steps or None, plan.keep_every]
+        by_steps = any(self.step // span > before // span for span in spans if span)
+        by_time = time.monotonic() - self._saved_at > 60 * plan.checkpoint_minutes
+        # One at a time: what falls due while another is being written is saved right after it.
+        self._save_owed |= by_steps or by_time
+        return self._save_owed and not self.writer.busy
 
-    def _save(self) -> None:
-        self._refuse_non_finite()
+    def _save(self, *, wait: bool) -> None:
+        """Hand a checkpoint to the writer; with `wait`, until it is on the disk."""
+        self.nonfinite.look()
         if self.world.is_main:
-            self.runlog.sync()
-            checkpoint.save(
-                self.folder.checkpoints, self.step, self.state(), keep=self.plan.keep_checkpoints
-            )
-            self.folder.status("running", step=self.step, total_steps=self.plan.total_steps)
-        self._saved_step, self._saved_at = self.step, time.monotonic()
+            self.writer.save(self.step, self.state())
+        self._saved_step, self._saved_at, self._save_owed = self.step, time.monotonic(), False
+        if wait:
+            self._settle_save()
+
+    def _settle_save(self) -> None:
+        """Wait for rank 0's writer; its error is everybody's."""
+        error = None
+        if self.world.is_main:
+            try:
+                self.writer.wait()
+            except Exception as caught:  # whatever the thread met
+                error = str(caught)
+        if message := self.world.share(error):
+            raise SaveError(message)
 
     def _backbone(self) -> torch.nn.Module:
         return self.model.online.encoder.backbone
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Rank 0 works while the others wait; the time does not count as training."""
+    def _alone(self, signal: StopSignal, doing: str) -> Iterator[None]:
+        """Rank 0 works while the others wait; the time does not count as training.
+
+        A signal to rank 0 ends the block early. All ranks then learn of it where they agree.
+        """
         with self.clock.paused():
-            yield
+            try:
+                with signal.interrupting(doing) if self.world.is_main else nullcontext():
+                    yield
+            except Preempted as error:
+                monitor.log.warning("%s: left unfinished", error)
             self.world.barrier()

@@ -17,6 +17,7 @@ from byol_fast import config as configuration
 from byol_fast.assemble import assemble
 from byol_fast.config import FLAGS
 from byol_fast.distributed import World
+from byol_fast.signals import StopSignal
 from pipelines.sources.torch_source import TorchSource
 
 # Another value of each setting; DATA, EVAL and OUT stand for folders.
@@ -51,9 +52,9 @@ OTHER = {
     "monitor.eval_data": "EVAL",
     "monitor.log_every": 3,
     "monitor.tracker": "tensorboard",
-    "monitor.on_collapse": "stop",
+    "monitor.on_trouble": "stop",
     "checkpoint.every": 9,
-    "checkpoint.keep": 5,
+    "checkpoint.keep": "2,every=3e",
 }
 ELSEWHERE = {
     "run.engine": "below",
@@ -87,7 +88,7 @@ def put_together(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[
             lambda *a, **k: (asked.append(k["verify"]), real(*a, **k))[1],
         )
         config = configuration.parse(arguments)
-        store, eval_store = pretrain._open_data(config, WORLD)
+        store, eval_store = pretrain._open_data(config, WORLD, StopSignal())
         resolved = pretrain._resolve(config, store, WORLD)
         trainer, folder = assemble(resolved, store, eval_store, WORLD, stack)
         stream, source = trainer.pipeline.stream, trainer.pipeline.source

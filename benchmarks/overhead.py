@@ -1,0 +1,149 @@
+"""What guard, log, gauges and checkpoints cost a step: the same step in turns, in one process.
+
+    python benchmarks/overhead.py --steps 10 --rounds 5 -- --recipe quickstart --batch-size 32
+
+What follows `--` are settings of pretraining (its `--log-every` is how often a line is logged). The
+views stay the same, so that data has no part in it. In turns A B C D A B C D, after a round to warm
+up: the bare step, with the guard, as the trainer takes it with its log, and that with a checkpoint
+in the turn, until that is on the disk. A ratio is a turn by the bare turn of its round; shown are
+median, least and greatest, of wall time and of processor time (all threads), which a busy machine
+disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a checkout
+
+import numpy as np
+import torch
+
+from byol_fast import config as configuration
+from byol_fast import recipes
+from byol_fast.assemble import assemble
+from byol_fast.distributed import World
+from byol_fast.signals import StopSignal
+from byol_fast.step import AUTOCAST, train_step
+from byol_fast.trainer import Trainer
+from pipelines.stores import open_store
+
+NEVER = 1 << 40
+
+
+class Turns:
+    """The kinds of step that take turns."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.signal = trainer, StopSignal()
+        self.views = next(trainer.pipeline.steps(0, 1))
+        self.stalls: list[float] = []
+        trainer.step = 1000 * trainer.plan.log_every
+
+    def bare(self, steps: int, *, guarded: bool = False) -> None:
+        """`train_step` alone."""
+        t = self.trainer
+        for step in range(steps):
+            guard = t.guard if guarded else None
+            output = train_step(
+                t.model,
+                t.networks,
+                t.optimizer,
+                [self.views.x],
+                accumulate=1,
+                decay=0.99,
+                autocast_dtype=AUTOCAST.get(t.plan.precision),
+                guard=guard,
+            )
+            if t.probe is not None:
+                t.probe.update(output.representation, self.views.label)
+            if guard is not None and output.gradient_norm is not None:
+                guard.note(step, output.gradient_norm.isfinite(), output.loss)
+                if step % t.plan.log_every == t.plan.log_every - 1:
+                    guard.read()
+        if guarded:
+            t.guard.read()
+
+    def logged(self, steps: int, *, save: bool = False) -> None:
+        """As the trainer takes them; with `save` a checkpoint falls due in the middle."""
+        t = self.trainer
+        endless = itertools.repeat(self.views)
+        t.step -= t.step % t.plan.log_every
+        middle = t.step + steps // 2
+        t.plan = dataclasses.replace(t.plan, checkpoint_steps=middle if save else 0)
+        for _ in range(steps):
+            output = t._one_step(endless)
+            t.after_step(output, self.signal, NEVER)
+        if save:
+            self.stalls.append(t.writer.stall_seconds)
+            t.writer.wait()
+
+
+def measure(trainer: Trainer, *, steps: int, rounds: int) -> dict[str, Any]:
+    """Ratios to the bare step, by kind."""
+    turns = Turns(trainer)
+    kinds: dict[str, Callable[[], None]] = {
+        "bare": lambda: turns.bare(steps),
+        "guard": lambda: turns.bare(steps, guarded=True),
+        "guard and log": lambda: turns.logged(steps),
+        "guard, log and a checkpoint": lambda: turns.logged(steps, save=True),
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    for number in range(rounds + 1):
+        for kind, call in kinds.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            call()
+            if trainer.world.device.type == "cuda":
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - wall, time.process_time() - processor
+            if number:
+                seconds[kind].append(spent)
+    bare = np.array(seconds["bare"])
+    result: dict[str, Any] = {
+        "step_seconds": float(np.median(bare[:, 0])) / steps,
+        "steps_in_a_turn": steps,
+        "rounds": rounds,
+        "log_every": trainer.plan.log_every,
+        "checkpoint_stall_seconds": max(turns.stalls),
+    }
+    for kind, some in seconds.items():
+        ratios = np.array(some) / bare
+        for column, clock in enumerate(("wall", "processor")):
+            three = np.quantile(ratios[:, column], [0.5, 0, 1])
+            result[f"{kind}, {clock}"] = [float(f"{value:.4f}") for value in three]
+    return result
+
+
+def main() -> None:
+    """Measure as the command line says, and print a line of JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("settings", nargs="*", help="of pretraining, after --")
+    given = parser.parse_args()
+    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
+        words = ["--data", "synthetic:4096", "--tracker", "none", *given.settings]
+        config = configuration.parse([*words, "--out", str(Path(out) / "run")])
+        store = open_store(config.data)
+        resolved = recipes.resolve(config, samples=len(store), world_size=1)
+        trainer, _ = assemble(resolved, store, None, world, stack)
+        trainer.plan = dataclasses.replace(
+            trainer.plan, total_steps=NEVER, eval_every=0, checkpoint_minutes=math.inf
+        )
+        print(json.dumps(measure(trainer, steps=given.steps, rounds=given.rounds), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What becomes of steps that were not finite: skipped and counted, named for replay, or the end.
+
+`guard.py` has kept them from the weights; here the host learns of them, whenever it waits for the
+device anyway.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from byol_fast import checkpoint
+from byol_fast.distributed import World
+from byol_fast.errors import Diverged
+from byol_fast.guard import Guard
+from byol_fast.monitor import RunLog
+from pipelines.pipeline import ViewPipeline
+
+FILE = "diverged-step.json"
+LIMIT = 20  # skipped steps in succession: what follows them would be skipped too
+KEPT_STEPS = 5  # the newest ones whose rows are in the file
+
+
+class NonFinite:
+    """Counts the skipped steps of a run; `total` goes with its checkpoints.
+
+    Args:
+        stop: end the run at the first one.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        guard: Guard,
+        pipeline: ViewPipeline,
+        folder: Path,
+        runlog: RunLog,
+        *,
+        stop: bool,
+    ) -> None:
+        self.total = 0
+        self._world, self._guard, self._pipeline = world, guard, pipeline
+        self._folder, self._runlog, self._stop = folder, runlog, stop
+        self._in_succession = 0
+        self._described: list[dict[str, Any]] = []
+
+    def look(self) -> None:
+        """Learn of the steps since the last look, on all ranks together. Waits for the device.
+
+        Raises:
+            Diverged: a step was skipped and `stop` was asked for, or `LIMIT` of them in succession.
+        """
+        skipped, own, steps = self._guard.read()
+        (any_skipped,) = self._world.any(bool(skipped))
+        if not any_skipped:
+            self._in_succession = 0 if steps else self._in_succession
+            return
+        on_ranks = self._world.gather((skipped, own))  # under fp16 only losses tell, rank by rank
+        every = sorted({step for theirs, _ in on_ranks for step in theirs})
+        self._count(every, steps)
+        if self._world.is_main:
+            self._write(every, [losses for _, losses in on_ranks])
+        text = self._text(every)
+        ending = self._stop or self._in_succession >= LIMIT
+        self._runlog.event(every[-1] + 1, "diverged" if ending else "skipped", text)
+        if ending:
+            raise Diverged(
+                f"{text}. The weights and the checkpoints are from before. Try a lower "
+                f"--optim.base-lr, more warm-up, or --precision fp32"
+            )
+
+    def _count(self, every: list[int], steps: int) -> None:
+        self.total += len(every)
+        if len(every) == steps:
+            self._in_succession += steps
+            return
+        tail = 1
+        while tail < len(every) and every[-tail - 1] == every[-tail] - 1:
+            tail += 1
+        self._in_succession = tail
+
+    def _text(self, every: list[int]) -> str:
+        shown = ", ".join(str(step + 1) for step in every[:5]) + (", …" if len(every) > 5 else "")
+        plural = "s" if len(every) > 1 else ""
+        return (
+            f"loss or gradient not finite at step{plural} {shown}: skipped, {self.total} so far; "
+            f"the rows of the batch are in {self._folder / FILE}"
+        )
+
+    def _write(self, every: list[int], losses: list[list[int]]) -> None:
+        stream, seed = self._pipeline.stream, self._pipeline.stream.seed
+        for step in every[-KEPT_STEPS:]:
+            ranks = [rank for rank, theirs in enumerate(losses) if step in theirs]
+            rows = self._rows(step)
+            self._described.append(
+                {"step": step + 1, "ranks_with_a_loss_not_finite": ranks, "rows": rows}
+            )
+        self._described = self._described[-KEPT_STEPS:]
+        first = self._described[-1]["rows"][0]
+        content = {
+            "seed": seed,
+            "image_size": stream.spec.image_size,
+            "skipped_steps": self.total,
+            "steps": self._described,
+            "replay": f"python -m byol_fast.pretrain --config {self._folder / 'config.yaml'} "
+            f"--replay epoch={first['epoch']},index={first['index']}",
+        }
+        checkpoint.write_text(self._folder / FILE, json.dumps(content) + "\n")
+
+    def _rows(self, step: int) -> list[dict[str, Any]]:
+        """The whole batch: where each row stands, which rank had it, and its name."""
+        stream, store = self._pipeline.stream, self._pipeline.store
+        per_rank = stream.batch_size // stream.world_size
+        rows = []
+        for k in range(stream.batch_size):
+            epoch, offset = divmod(step * stream.batch_size + k, len(store))
+            index = int(stream.plan(epoch).order[offset])
+            name = store.name(index)
+            rows.append({"epoch": epoch, "index": index, "rank": k // per_rank, "name": name})
+        return rows

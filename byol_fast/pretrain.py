@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byol_fast.cli import PretrainCall, pretrain_arguments
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from byol_fast.distributed import World
     from byol_fast.recipes import Resolved
     from byol_fast.runfolder import RunFolder
+    from byol_fast.split import Split
     from byol_fast.trainer import Trainer
     from pipelines.stores import Store
 
@@ -203,9 +205,18 @@ def _tell_quarantined(store: Store) -> None:
 
 
 def _resolve(config: Config, store: Store, world: World) -> Resolved:
-    from byol_fast import recipes
+    from byol_fast import recipes, split
 
-    resolved = recipes.resolve(config, samples=len(store), world_size=world.size)
+    before: Split | ValueError | None = None
+    if world.is_main:
+        try:
+            before = split.read(Path(config.out))
+        except ValueError as error:
+            before = error
+    before = world.share(before)
+    if isinstance(before, ValueError):
+        raise before
+    resolved = recipes.resolve(config, samples=len(store), world_size=world.size, before=before)
     for line in resolved.arithmetic():
         log.info(line)
     return resolved

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from byol_fast.config import FLAGS, RECIPE, Config, get, replace
+from byol_fast.split import Split, share_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +147,9 @@ class Resolved:
 
     config: Config
     samples: int
-    world_size: int
     global_batch: int  # images of one optimizer step
-    micro_batch: int  # images of one forward pass on one rank
+    split: Split  # of the batch, over ranks and micro-batches
+    before: Split | None  # of the session that is resumed
     peak_lr: float
     weight_decay: float
     target_decay: float  # at step 0
@@ -163,14 +164,16 @@ class Resolved:
         lines = [
             f"recipe {c.recipe} ({recipe.source}), {nearest_row(recipe.rows, c.epochs)}-epoch row",
             f"lr {self.peak_lr:.6g} = {c.optim.base_lr:g} × {batch}/256; {batch} = "
-            f"{self.world_size} {'rank' if self.world_size == 1 else 'ranks'} × "
-            f"{self.micro_batch} × {c.input.accumulate}",
+            f"{self.split.ranks} {'rank' if self.split.ranks == 1 else 'ranks'} × "
+            f"{self.split.micro_batch} × {self.split.accumulate}",
             f"{self.total_steps} steps = {c.epochs} epochs × {self.samples} images // {batch}",
             f"{self.warmup_steps} warm-up steps = {self._warmup()}",
             f"weight decay {self.weight_decay:g}, EMA decay {self.target_decay:g} → 1",
         ]
         if self.stop_after < self.total_steps:
             lines.append(f"stops after step {self.stop_after} of {self.total_steps}")
+        if change := self.split.change(self.before):
+            lines.append(change)
         return lines + self._by_hand()
 
     def _by_hand(self) -> list[str]:
@@ -186,12 +189,15 @@ class Resolved:
         return f"{epochs} epochs × {self.samples} images // {self.global_batch}"
 
 
-def resolve(config: Config, *, samples: int, world_size: int) -> Resolved:
+def resolve(
+    config: Config, *, samples: int, world_size: int, before: Split | None = None
+) -> Resolved:
     """Fill in the recipe's values and work out the run's numbers.
 
     Args:
         samples: training images.
         world_size: ranks.
+        before: how the session that is resumed had shared out the batch.
 
     Raises:
         ValueError: the batch cannot be shared out over the ranks.
@@ -201,9 +207,15 @@ def resolve(config: Config, *, samples: int, world_size: int) -> Resolved:
 
     filled = fill(config)
     batch = filled.batch_size
-    micro_batch = _micro_batch(filled, world_size)
+    split = share_out(
+        batch,
+        world_size,
+        asked=filled.input.accumulate,
+        bn_sync=filled.model.bn_sync,
+        before=before,
+    )
     if batch > samples:
-        shares = batch // micro_batch
+        shares = batch // split.micro_batch
         raise DataError(
             f"batch_size {batch} is larger than the data set ({samples} images): use "
             f"--batch-size {max(shares, samples // 2 // shares * shares)} or less, or more images"
@@ -213,9 +225,9 @@ def resolve(config: Config, *, samples: int, world_size: int) -> Resolved:
     return Resolved(
         config=filled,
         samples=samples,
-        world_size=world_size,
         global_batch=batch,
-        micro_batch=micro_batch,
+        split=split,
+        before=before,
         peak_lr=filled.optim.base_lr * batch / 256,
         weight_decay=filled.optim.weight_decay,
         target_decay=filled.model.target_decay,
@@ -229,22 +241,3 @@ def resolve(config: Config, *, samples: int, world_size: int) -> Resolved:
 def _steps(epochs: int, samples: int, batch: int) -> int:
     """As the authors count and as `pipelines.plan.total_steps`, which this must equal."""
     return epochs * samples // batch
-
-
-def _micro_batch(config: Config, world_size: int) -> int:
-    """Images of one forward pass on one rank."""
-    batch, accumulate = config.batch_size, config.input.accumulate
-    shares = world_size * accumulate
-    if batch % shares:
-        below = batch // shares * shares
-        near = f"{below} or {below + shares}" if below else str(shares)
-        raise ValueError(
-            f"batch_size {batch} cannot be shared out evenly over {world_size} ranks × "
-            f"{accumulate} micro-batches: use --batch-size {near}"
-        )
-    if batch // shares * (world_size if config.model.bn_sync else 1) < 2:
-        raise ValueError(
-            f"batch_size {batch} leaves BatchNorm one image for its statistics on {world_size} "
-            f"ranks × {accumulate} micro-batches: use --batch-size {2 * shares} or more"
-        )
-    return batch // shares

@@ -31,7 +31,7 @@ def test_the_authors_table(epochs: int, peak_lr: float, weight_decay: float, dec
     run = resolved(f"--epochs {epochs}")
     assert run.peak_lr == pytest.approx(peak_lr)
     assert (run.weight_decay, run.target_decay) == (weight_decay, decay)
-    assert (run.global_batch, run.micro_batch, run.warmup_steps) == (4096, 512, 3127)
+    assert (run.global_batch, run.split.micro_batch, run.warmup_steps) == (4096, 512, 3127)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(100, 31278), (1000, 312784)])
@@ -111,7 +111,7 @@ def test_arithmetic_of_the_paper() -> None:
 
 def test_accumulation_is_part_of_the_arithmetic() -> None:
     run = resolved("--accumulate 4 --batch-size 4096", ranks=2)
-    assert run.micro_batch == 512
+    assert run.split.micro_batch == 512
     assert "4096 = 2 ranks × 512 × 4" in run.arithmetic()[1]
 
 
@@ -148,4 +148,6 @@ def test_a_batch_larger_than_the_data() -> None:
 def test_batchnorm_needs_two_images() -> None:
     with pytest.raises(ValueError, match="one image"):
         resolved("--batch-size 8 --no-bn-sync", samples=100)
-    assert resolved("--batch-size 8", samples=100).micro_batch == 1  # over 8 ranks there are 8
+    assert (
+        resolved("--batch-size 8", samples=100).split.micro_batch == 1
+    )  # over 8 ranks there are 8

@@ -51,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
     """Run the call; whatever ends it becomes a message and an exit code."""
-    from byol_fast import failures
+    from byol_fast import distributed, failures
     from pipelines.errors import DataError, MissingBackend
 
-    notes = failures.of_this_process(world.rank)
+    # Before a collective gives up: what it says names no rank.
+    silence = 0.8 * distributed.timeout().total_seconds()
+    notes = failures.of_this_process(world.rank, silence=silence)
     notes.watch()
     try:
         pretrain(call, world, signal)
@@ -79,6 +81,8 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
             print(f"error on rank {world.rank}: ended, since {first}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
+            if world.size > 1 and "timed out" in str(error).lower():
+                print(f"where the ranks are: {notes.whereabouts()}", file=sys.stderr, flush=True)
         return Exit.FAILED
     return Exit.DONE
 

@@ -71,6 +71,12 @@ class Failures:
 
         return self._within_limit(ask) or "rank 0, which holds the store, is silent"
 
+    def noted(self) -> str | None:
+        """What the rank that failed first noted; None if none has, or the store is gone."""
+        return self._within_limit(
+            lambda store: store.get(_KEY).decode() if store.check([_KEY]) else None
+        )
+
     def watch(self) -> None:
         """End this process when another rank has failed or hangs, and this one waits for it.
 

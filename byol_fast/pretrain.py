@@ -74,7 +74,8 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
         log.warning("stopped: %s. Repeat the command to go on", error)
         return Exit.PREEMPTED
     except Exception as error:
-        if signal.received and world.size > 1:  # the others have left, and this rank was to leave
+        # A rank that was to leave, and whose peers have left already, not because one failed.
+        if signal.received and world.size > 1 and notes.noted() is None:
             log.warning("stopped: %s, while waiting for other ranks (%s)", signal.name, error)
             return Exit.PREEMPTED
         if first := notes.report(error):

@@ -23,7 +23,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = False
         self.name = ""
-        self._interrupts = False
+        self._doing, self._interrupts = "", False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:

@@ -150,19 +150,25 @@ def test_a_machine_s_torchrun_is_killed(
             lambda: not any(Path(f"/proc/{p}/cmdline").exists() for p in ranks), "ranks' end"
         )
         said = "".join(node.said for node in nodes)
-        assert "its torchrun is gone" in said
+        # Without torchrun 0, which holds the meeting, torchrun 1 may end its rank first.
+        assert lost == 0 or "its torchrun is gone" in said, said[-3000:]
         assert nodes[0].status["state"] == "preempted", said[-3000:]
 
 
 @pytest.mark.slow
 def test_a_cable_is_pulled(python: Path, images: Path, tmp_path: Path, machines):
-    """Nothing arrives any more, not even an end of a connection: the silent rank is named."""
+    """Nothing arrives any more, not even an end of a connection: the silent rank is named.
+
+    The torchrun that is cut off from the store is not waited for: it asks until TCP gives up.
+    """
     if not machines[0][0]:
         pytest.skip("needs network namespaces: root and iproute2")
     words = ["--data", images, *SMALL, *ENDLESS]
     with Pair(python, tmp_path / "run", words, machines, BYOL_FAST_TIMEOUT=8) as nodes:
         nodes[0].wait_for_step(3)
         ip(f"-n {machines[0][0][-1]} link set veth0 down")
-        for node in nodes:
-            assert node.wait(SECONDS * 2) == 1, node.said[-3000:]
+        cut_off = nodes[1].ranks()[1]
+        assert nodes[0].wait(SECONDS * 2) == 1
+        wait_until(lambda: not Path(f"/proc/{cut_off}/cmdline").exists(), "rank 1's end", SECONDS)
+        assert "rank 0, which holds the store, has been silent" in nodes[1].said
         assert "rank 1 has been silent" in nodes[0].said or "(silent)" in nodes[0].said

@@ -103,13 +103,15 @@ def _begins(gauge: _Gauge, values: Values, history: Sequence[Values]) -> bool:
     if gauge.name not in values or not _is_bad(values[gauge.name], gauge):
         return False
     settled = _settled(gauge.name, history)
+    if settled < 0:  # always so on ranks other than 0, which keep no history
+        return False
     bad = 1
     for i in range(len(history) - 1, settled - 1, -1):
         value = history[i].get(gauge.name)
         if _recovered(value, gauge) or bad > PATIENCE:
             break
         bad += _is_bad(value, gauge)
-    return settled >= 0 and bad == PATIENCE
+    return bad == PATIENCE
 
 
 def _settled(name: str, history: Sequence[Values]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from byol_fast import checkpoint, monitor
+from byol_fast import checkpoint, monitor, split
 from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
@@ -76,7 +76,7 @@ def assemble(
         folder=folder,
         plan=plan,
         model=model,
-        networks=_build_networks(config, model, plan, pipeline.stream.micro_batch, world),
+        networks=_build_networks(resolved, model, plan, world),
         optimizer=optimizer,
         pipeline=pipeline,
         evaluation=evaluation,
@@ -88,8 +88,11 @@ def assemble(
     if state is not None:
         trainer.load_state(state)
         log.info("resumed at step %d of %d", trainer.step, plan.total_steps)
+        if change := resolved.split.change(resolved.before):
+            runlog.event(trainer.step, "ranks", change)
     if world.is_main:
         checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
+        checkpoint.write_text(folder.path / split.FILE, resolved.split.to_json())
         folder.status("running", step=trainer.step, total_steps=plan.total_steps)
     return trainer, folder
 
@@ -132,7 +135,7 @@ def _build_pipeline(resolved: Resolved, store: Store, world: World) -> ViewPipel
         store,
         spec=configuration.spec(config),
         batch_size=resolved.global_batch,
-        accumulate=config.input.accumulate,
+        accumulate=resolved.split.accumulate,
         rank=world.rank,
         world_size=world.size,
         seed=config.seed,
@@ -169,13 +172,11 @@ def _build_model(config: Config, world: World) -> BYOL:
     return model.to(world.device).to(memory_format=torch.channels_last)
 
 
-def _build_networks(
-    config: Config, model: BYOL, plan: RunPlan, micro_batch: int, world: World
-) -> Networks:
+def _build_networks(resolved: Resolved, model: BYOL, plan: RunPlan, world: World) -> Networks:
     """The parts the step calls, compiled where that was asked for or there is a GPU."""
+    config, accumulate = resolved.config, resolved.split.accumulate
     on_gpu = world.device.type == "cuda"
     if config.run.engine == "graph":
-        accumulate = config.input.accumulate
         reason = refusal(world.device, accumulate=accumulate, precision=plan.precision)
         if not reason and config.model.predictor == "directpred":
             reason = "DirectPred's eigenvalues make the host wait (--model.method)"
@@ -186,7 +187,7 @@ def _build_networks(
     return compiled(
         model,
         world,
-        batch=micro_batch,
+        batch=resolved.split.micro_batch,
         image_size=config.image_size,
         dtype=_views_dtype(config, world),
         autocast_dtype=AUTOCAST.get(plan.precision),

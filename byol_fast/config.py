@@ -66,7 +66,13 @@ class InputConfig(Section):
         free=True,
         at_least=1,
     )
-    accumulate: int = _recipe("micro-batches of one optimizer step on each process", at_least=1)
+    accumulate: int | None = setting(
+        "micro-batches of one optimizer step on each process",
+        default=None,
+        unset="1; as many as memory is known to need when resumed on fewer processes",
+        free=True,
+        at_least=1,
+    )
 
     @property
     def blur(self) -> bool:

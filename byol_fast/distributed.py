@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=5)  # of a step: a rank that hangs is noticed after this
+TIMEOUT = "BYOL_FAST_TIMEOUT"  # environment variable: seconds a rank may be waited for in a step
+_SECONDS = 300.0  # unless it is set
 PATIENCE = timedelta(hours=6)  # of waiting for rank 0 to index, verify or evaluate
 
 
@@ -70,6 +72,22 @@ class World:
         return box[0]
 
 
+def timeout() -> timedelta:
+    """How long a step waits for a rank that hangs.
+
+    Raises:
+        ValueError: the environment variable is not a number of seconds.
+    """
+    given = os.environ.get(TIMEOUT) or str(_SECONDS)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds <= 86_400:
+        raise ValueError(f"{TIMEOUT} must be a number of seconds from 1 to 86400, got {given!r}")
+    return timedelta(seconds=seconds)
+
+
 def start(device: str = "auto") -> World:
     """Join the process group torchrun describes, or be the only process.
 
@@ -77,9 +95,10 @@ def start(device: str = "auto") -> World:
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ValueError: a CUDA device was asked for and there is none, or fewer than local ranks.
+        ValueError: a CUDA device was asked for and there is none, or fewer than local ranks; or
+            the environment holds no sensible `timeout`.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank, patience = int(os.environ.get("LOCAL_RANK", "0")), timeout()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
@@ -98,10 +117,10 @@ def start(device: str = "auto") -> World:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(0, 1, where)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    dist.init_process_group(backend, timeout=patience)
     control, patient = (
-        cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-        for timeout in (TIMEOUT, PATIENCE)
+        cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=each))
+        for each in (patience, PATIENCE)
     )
     return World(dist.get_rank(), dist.get_world_size(), where, control, patient)
 

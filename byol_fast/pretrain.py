@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byol_fast.cli import PretrainCall, pretrain_arguments
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from byol_fast.distributed import World
     from byol_fast.recipes import Resolved
     from byol_fast.runfolder import RunFolder
+    from byol_fast.split import Split
     from byol_fast.trainer import Trainer
     from pipelines.stores import Store
 
@@ -49,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
     """Run the call; whatever ends it becomes a message and an exit code."""
-    from byol_fast import failures
+    from byol_fast import distributed, failures
     from pipelines.errors import DataError, MissingBackend
 
-    notes = failures.of_this_process(world.rank)
+    # Before a collective gives up: what it says names no rank.
+    silence = 0.8 * distributed.timeout().total_seconds()
+    notes = failures.of_this_process(world.rank, silence=silence)
     notes.watch()
     try:
         pretrain(call, world, signal)
@@ -78,6 +82,8 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
             print(f"error on rank {world.rank}: ended, since {first}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
+            if world.size > 1 and "timed out" in str(error).lower():
+                print(f"where the ranks are: {notes.whereabouts()}", file=sys.stderr, flush=True)
         return Exit.FAILED
     return Exit.DONE
 
@@ -204,9 +210,18 @@ def _tell_quarantined(store: Store) -> None:
 
 
 def _resolve(config: Config, store: Store, world: World) -> Resolved:
-    from byol_fast import recipes
+    from byol_fast import recipes, split
 
-    resolved = recipes.resolve(config, samples=len(store), world_size=world.size)
+    before: Split | ValueError | None = None
+    if world.is_main:
+        try:
+            before = split.read(Path(config.out))
+        except ValueError as error:
+            before = error
+    before = world.share(before)
+    if isinstance(before, ValueError):
+        raise before
+    resolved = recipes.resolve(config, samples=len(store), world_size=world.size, before=before)
     for line in resolved.arithmetic():
         log.info(line)
     return resolved

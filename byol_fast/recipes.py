@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from byol_fast.config import FLAGS, RECIPE, Config, get, replace
+from byol_fast.split import Split, share_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,6 @@ COMMON: dict[str, Any] = {
     "input.semantics": "deepmind",
     "input.crop_area_min": 0.08,
     "input.views": "byol",
-    "input.accumulate": 1,
     "optim.warmup_epochs": 10,
     "optim.variant": "paper",
     "model.stem": "imagenet",
@@ -173,9 +173,9 @@ class Resolved:
 
     config: Config
     samples: int
-    world_size: int
     global_batch: int  # images of one optimizer step
-    micro_batch: int  # images of one forward pass on one rank
+    split: Split  # of the batch, over ranks and micro-batches
+    before: Split | None  # of the session that is resumed
     peak_lr: float
     weight_decay: float
     target_decay: float  # at step 0
@@ -190,8 +190,8 @@ class Resolved:
         lines = [
             f"recipe {c.recipe} ({recipe.source}), {nearest_row(recipe.rows, c.epochs)}-epoch row",
             f"lr {self.peak_lr:.6g} = {c.optim.base_lr:g} × {batch}/256; {batch} = "
-            f"{self.world_size} {'rank' if self.world_size == 1 else 'ranks'} × "
-            f"{self.micro_batch} × {c.input.accumulate}",
+            f"{self.split.ranks} {'rank' if self.split.ranks == 1 else 'ranks'} × "
+            f"{self.split.micro_batch} × {self.split.accumulate}",
             f"{self.total_steps} steps = {c.epochs} epochs × {self.samples} images // {batch}",
             f"{self.warmup_steps} warm-up steps = {self._warmup()}",
             f"weight decay {self.weight_decay:g}, "
@@ -201,6 +201,8 @@ class Resolved:
             lines.append(f"not as in the paper: {c.model.method} (--model.method)")
         if self.stop_after < self.total_steps:
             lines.append(f"stops after step {self.stop_after} of {self.total_steps}")
+        if change := self.split.change(self.before):
+            lines.append(change)
         return lines + self._by_hand()
 
     def _by_hand(self) -> list[str]:
@@ -216,12 +218,15 @@ class Resolved:
         return f"{epochs} epochs × {self.samples} images // {self.global_batch}"
 
 
-def resolve(config: Config, *, samples: int, world_size: int) -> Resolved:
+def resolve(
+    config: Config, *, samples: int, world_size: int, before: Split | None = None
+) -> Resolved:
     """Fill in the recipe's values and work out the run's numbers.
 
     Args:
         samples: training images.
         world_size: ranks.
+        before: how the session that is resumed had shared out the batch.
 
     Raises:
         ValueError: the batch cannot be shared out over the ranks.
@@ -231,9 +236,16 @@ def resolve(config: Config, *, samples: int, world_size: int) -> Resolved:
 
     filled = fill(config)
     batch = filled.batch_size
-    micro_batch = _micro_batch(filled, world_size)
+    split = share_out(
+        batch,
+        world_size,
+        asked=filled.input.accumulate,
+        together=_together(filled, world_size),
+        batch_norm=filled.model.norm == "batch",
+        before=before,
+    )
     if batch > samples:
-        shares = batch // micro_batch
+        shares = batch // split.micro_batch
         raise DataError(
             f"batch_size {batch} is larger than the data set ({samples} images): use "
             f"--batch-size {max(shares, samples // 2 // shares * shares)} or less, or more images"
@@ -243,9 +255,9 @@ def resolve(config: Config, *, samples: int, world_size: int) -> Resolved:
     return Resolved(
         config=filled,
         samples=samples,
-        world_size=world_size,
         global_batch=batch,
-        micro_batch=micro_batch,
+        split=split,
+        before=before,
         peak_lr=filled.optim.base_lr * batch / 256,
         weight_decay=filled.optim.weight_decay,
         target_decay=filled.model.target_decay,
@@ -261,24 +273,7 @@ def _steps(epochs: int, samples: int, batch: int) -> int:
     return epochs * samples // batch
 
 
-def _micro_batch(config: Config, world_size: int) -> int:
-    """Images of one forward pass on one rank."""
-    batch, accumulate = config.batch_size, config.input.accumulate
-    shares = world_size * accumulate
-    if batch % shares:
-        below = batch // shares * shares
-        near = f"{below} or {below + shares}" if below else str(shares)
-        raise ValueError(
-            f"batch_size {batch} cannot be shared out evenly over {world_size} ranks × "
-            f"{accumulate} micro-batches: use --batch-size {near}"
-        )
-    if config.model.norm == "group-ws":  # no statistics over images: one is enough
-        return batch // shares
-    of_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # torchrun sets it
-    together = {"none": 1, "group": of_a_node, "world": world_size}
-    if batch // shares * together[config.model.bn_sync] < 2:
-        raise ValueError(
-            f"batch_size {batch} leaves BatchNorm one image for its statistics on {world_size} "
-            f"ranks × {accumulate} micro-batches: use --batch-size {2 * shares} or more"
-        )
-    return batch // shares
+def _together(config: Config, ranks: int) -> int:
+    """Ranks whose BatchNorm statistics are taken together."""
+    of_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))  # torchrun sets it
+    return {"none": 1, "group": of_a_node, "world": ranks}[config.model.bn_sync]

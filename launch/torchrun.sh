@@ -4,10 +4,17 @@
 #   launch/torchrun.sh --data /imagenet/train --epochs 300 --batch-size 4096
 #
 # One process per GPU of this machine (one without a GPU); NPROC=2 says otherwise. On several machines,
-# run it on each with NNODES, NODE_RANK and MASTER_ADDR set (MASTER_PORT 29500). MAX_RESTARTS=3 lets
-# torchrun start all ranks again, from the newest checkpoint, when one dies.
+# run it on each with NNODES, NODE_RANK (from 0) and MASTER_ADDR, the first machine's address
+# (MASTER_PORT: 29500). LOCAL_ADDR is this machine's own address, where the others cannot resolve its
+# name. NNODES=2:4 runs on as many of four machines as there are, but not on fewer than two.
+# MAX_RESTARTS=3 lets torchrun start all ranks again, from the newest checkpoint, when one dies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
 
 if [[ -n ${PYTHON:-} ]]; then
     python=$PYTHON
@@ -25,12 +32,17 @@ nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 # Without it a restarted rank may connect to addresses of the attempt before.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-if ((${NNODES:-1} > 1)); then
-    meeting=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?set it to this machine\'s number, from 0}"
-        --rdzv_backend=c10d --rdzv_id="${RUN_ID:-byol}"
-        --rdzv_endpoint="${MASTER_ADDR:?set it to the first machine\'s address}:${MASTER_PORT:-29500}")
+if [[ ${NNODES:-1} != 1 ]]; then
+    [[ -n ${NODE_RANK:-} ]] || die "NNODES=$NNODES, so set NODE_RANK to this machine's number, from 0"
+    [[ -n ${MASTER_ADDR:-} ]] || die "NNODES=$NNODES, so set MASTER_ADDR to the first machine's address"
+    # The first machine holds the meeting's store whatever name it was called by.
+    meeting=(--nnodes="$NNODES" --rdzv_backend=c10d --rdzv_id="${RUN_ID:-byol}"
+        --rdzv_endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}"
+        --rdzv_conf="is_host=$((NODE_RANK == 0))" ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"})
 else
     meeting=(--standalone)
 fi
+# torchrun's own; a rank that finds these of an enclosing job would believe them.
+unset MASTER_ADDR MASTER_PORT NODE_RANK
 exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc_per_node="$nproc" \
     --max_restarts="${MAX_RESTARTS:-0}" -m byol_fast.pretrain "$@"

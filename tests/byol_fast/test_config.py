@@ -305,7 +305,7 @@ def test_what_a_resumed_run_may_change() -> None:
     free = {name for name, flag in FLAGS.items() if flag.free}
     assert free == {
         *("data", "out", "recipe", "backend", "device"),
-        *("input.verify", "input.threads", "run.engine", "run.max_steps"),
+        *("input.verify", "input.threads", "input.accumulate", "run.engine", "run.max_steps"),
         *(name for name in FLAGS if name.startswith(("monitor.", "checkpoint."))),
     }
 

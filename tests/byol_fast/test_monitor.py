@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -375,6 +376,11 @@ def test_log_points_without_gauges_do_not_count():
         points += [low, {"knn_accuracy": 0.5}]
     assert replay(points, 256) == {}
     assert list(replay([*points, low], 256)) == [len(points)]
+
+
+def test_without_history_a_bad_point_is_no_alarm_and_no_error():
+    """Ranks other than 0 keep none; a dip must not end them."""
+    assert alarms.alarms({"embedding_std": 0.0, "rankme": 1.0}, deque()) == []
 
 
 def test_dimensional_collapse_is_seen_by_the_rank():

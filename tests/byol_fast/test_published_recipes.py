@@ -62,8 +62,8 @@ def test_a_recipe_is_its_source(
 @pytest.mark.parametrize(
     ("recipe", "epochs", "variant", "precision", "accumulate"),
     [
-        ("imagenet", 300, "paper", "auto", 1),
-        ("mmpretrain", 200, "mmpretrain", "auto", 1),
+        ("imagenet", 300, "paper", "auto", None),
+        ("mmpretrain", 200, "mmpretrain", "auto", None),
         ("openmixup", 200, "mmpretrain", "fp16", 8),
     ],
 )
@@ -72,7 +72,7 @@ def test_what_a_recipe_runs_with(
     epochs: int,
     variant: str,
     precision: str,
-    accumulate: int,
+    accumulate: int | None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shown = printed(capsys, "--recipe", recipe)

@@ -32,7 +32,7 @@ def test_the_authors_table(epochs: int, peak_lr: float, weight_decay: float, dec
     run = resolved(f"--epochs {epochs}")
     assert run.peak_lr == pytest.approx(peak_lr)
     assert (run.weight_decay, run.target_decay) == (weight_decay, decay)
-    assert (run.global_batch, run.micro_batch, run.warmup_steps) == (4096, 512, 3127)
+    assert (run.global_batch, run.split.micro_batch, run.warmup_steps) == (4096, 512, 3127)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(100, 31278), (1000, 312784)])
@@ -76,7 +76,7 @@ def test_every_recipe_fills_every_gap_and_stays_filled(name: str) -> None:
     filled = fill(Config(recipe=name))  # type: ignore[arg-type]
     assert all(get(filled, setting) is not None for setting in RECIPE_NAMES)
     assert fill(filled) == filled
-    assert set(COMMON) | set(RECIPES[name].values) <= set(RECIPE_NAMES)
+    assert set(COMMON) | set(RECIPES[name].values) <= {*RECIPE_NAMES, "input.accumulate"}
     assert config.spec(filled).image_size == filled.image_size
 
 
@@ -112,7 +112,7 @@ def test_arithmetic_of_the_paper() -> None:
 
 def test_accumulation_is_part_of_the_arithmetic() -> None:
     run = resolved("--accumulate 4 --batch-size 4096", ranks=2)
-    assert run.micro_batch == 512
+    assert run.split.micro_batch == 512
     assert "4096 = 2 ranks × 512 × 4" in run.arithmetic()[1]
 
 
@@ -149,7 +149,9 @@ def test_a_batch_larger_than_the_data() -> None:
 def test_batchnorm_needs_two_images() -> None:
     with pytest.raises(ValueError, match="one image"):
         resolved("--batch-size 8 --no-bn-sync", samples=100)
-    assert resolved("--batch-size 8", samples=100).micro_batch == 1  # over 8 ranks there are 8
+    assert (
+        resolved("--batch-size 8", samples=100).split.micro_batch == 1
+    )  # over 8 ranks there are 8
 
 
 @pytest.mark.parametrize(("of_a_node", "enough"), [("1", False), ("2", True)])
@@ -158,4 +160,4 @@ def test_batchnorm_over_a_node_needs_two_images_there(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", of_a_node)
     with contextlib.nullcontext() if enough else pytest.raises(ValueError, match="one image"):
-        assert resolved("--batch-size 8 --bn-sync group", samples=100).micro_batch == 1
+        assert resolved("--batch-size 8 --bn-sync group", samples=100).split.micro_batch == 1

@@ -1,0 +1,117 @@
+"""Runs started by launch/torchrun.sh: real agents, real ranks, the tiny network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+from faults.harness import HERE, LIMIT, ROOT, wait_until
+
+from byol_fast import metrics
+
+
+def python_with_tiny(folder: Path) -> Path:
+    """An interpreter for launch scripts under which byol_fast.pretrain knows `--backbone tiny`."""
+    path = folder / "python"
+    path.write_text(f"""#!/usr/bin/env bash
+words=()
+while (($#)); do
+    if [[ $1 == -m && ${{2:-}} == byol_fast.pretrain ]]; then
+        words+=({HERE / "command.py"})
+        shift
+    else
+        words+=("$1")
+    fi
+    shift
+done
+exec {sys.executable} "${{words[@]}}"
+""")
+    path.chmod(0o755)
+    return path
+
+
+class Torchrun:
+    """launch/torchrun.sh on one "machine"; `before` are words put before the command."""
+
+    def __init__(
+        self,
+        python: Path,
+        out: Path,
+        arguments: Sequence[object],
+        *,
+        before: Sequence[str] = (),
+        name: str = "output",
+        **variables: object,
+    ) -> None:
+        self.out, self.output_file = out, out.with_name(f"{out.name}.{name}")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": str(python)}
+        env |= {name: str(value) for name, value in variables.items()}
+        with open(self.output_file, "a") as file:
+            self.process = subprocess.Popen(
+                [*before, str(ROOT / "launch" / "torchrun.sh"), "--out", str(out)]
+                + [str(word) for word in arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=env,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        """What torchrun and its ranks have printed."""
+        return self.output_file.read_text(errors="replace")
+
+    @property
+    def step(self) -> int:
+        """The newest step in the log, -1 before the first line."""
+        rows = metrics.read(self.out / "metrics.jsonl").rows
+        return max((int(row["step"] or 0) for row in rows if "loss" in row), default=-1)
+
+    @property
+    def status(self) -> dict:
+        return dict(json.loads((self.out / "status.json").read_text()))
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids by rank, of those that have begun."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if "RANK" in (env := child.environ()):
+                    found[int(env["RANK"])] = child.pid
+            except psutil.Error:  # it has just ended
+                continue
+        return found
+
+    def wait_for_step(self, step: int, limit: float = LIMIT) -> None:
+        def reached() -> bool:
+            assert self.process.poll() is None or self.step >= step, self.said[-4000:]
+            return self.step >= step
+
+        wait_until(reached, f"step {step}", limit)
+
+    def wait(self, limit: float = LIMIT) -> int:
+        try:
+            return self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not ended in {limit:.0f} s:\n{self.said[-4000:]}") from None
+
+    def close(self) -> None:
+        """Kill what is left of it."""
+        try:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.Error:
+            family = []
+        for each in family:
+            try:
+                each.send_signal(signal.SIGKILL)
+            except psutil.Error:
+                continue
+        self.process.kill()
+        self.process.wait()

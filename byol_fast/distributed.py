@@ -153,7 +153,7 @@ def statistics_group(word: str, world: World) -> bool | dist.ProcessGroup:
         ranks = [rank for rank, node in enumerate(nodes) if node == first]
         if len(ranks) == world.size:
             return True
-        group = dist.new_group(ranks, timeout=TIMEOUT)
+        group = dist.new_group(ranks, timeout=timeout())
         if world.rank in ranks and len(ranks) > 1:
             own = cast(dist.ProcessGroup, group)
     return own

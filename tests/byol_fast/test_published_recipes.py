@@ -109,4 +109,4 @@ def test_the_views_are_the_published_ones(recipe: str) -> None:
 def test_the_published_shares_of_a_batch() -> None:
     for recipe, ranks, images in (("mmpretrain", 16, 256), ("openmixup", 8, 64)):
         run = resolve(config.parse(["--recipe", recipe]), samples=IMAGENET, world_size=ranks)
-        assert run.micro_batch == images and run.peak_lr == pytest.approx(4.8)
+        assert run.split.micro_batch == images and run.peak_lr == pytest.approx(4.8)

@@ -240,7 +240,7 @@ def test_the_log_says_what_is_not_the_papers() -> None:
 
 def test_one_image_is_enough_without_batchnorm() -> None:
     argv = ["--batch-size", "8", "--no-bn-sync", "--method", "group-ws"]
-    assert resolve(config.parse(argv), samples=100, world_size=8).micro_batch == 1
+    assert resolve(config.parse(argv), samples=100, world_size=8).split.micro_batch == 1
 
 
 @pytest.mark.parametrize(

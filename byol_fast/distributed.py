@@ -146,8 +146,10 @@ def statistics_group(word: str, world: World) -> bool | dist.ProcessGroup:
             "start with torchrun, or use --model.bn-sync world"
         )
     # torchrun counts ranks node by node, so the first rank of a node names it.
-    nodes: list[int] = [0] * world.size
-    dist.all_gather_object(nodes, world.rank - int(os.environ["LOCAL_RANK"]), group=world.control)
+    gathered = [torch.zeros((), dtype=torch.int64) for _ in range(world.size)]
+    mine = torch.tensor(world.rank - int(os.environ["LOCAL_RANK"]))
+    dist.all_gather(gathered, mine, group=world.control)
+    nodes = [int(node) for node in gathered]
     own: bool | dist.ProcessGroup = False
     for first in sorted(set(nodes)):  # each rank makes every group, in one order
         ranks = [rank for rank, node in enumerate(nodes) if node == first]

@@ -70,7 +70,7 @@ def embed(
     final = folder / "features.npy"
     part = final.with_name("features.npy.part")
     if done == len(store) and final.is_file():
-        shape = np.load(final, mmap_mode="r").shape
+        shape = np.load(final, mmap_mode="r", allow_pickle=False).shape
         return Embedding(
             file=final, rows=shape[0], width=shape[1], computed=0, bad=bad, seconds=0.0
         )

@@ -34,18 +34,27 @@ EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.4"],
     "dali-cuda12": ["nvidia-dali-cuda120>=2.4"],
     "ffcv": ["ffcv>=1.0.2"],  # compiled on the spot: launch/install_ffcv.sh brings the libraries
+    "evaluate": ["scikit-learn>=1.4", "pycocotools>=2.0.8"],  # SVMs; COCO's masks and metric
+    "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],  # interop export --to onnx
     "wandb": ["wandb>=0.17"],
     "quickstart": ["scikit-image>=0.24"],  # its wheel holds free photographs
     "dev": [
         "mypy>=1.10",
+        "onnx>=1.16",
+        "onnxruntime>=1.18",
+        "onnxscript>=0.2",
+        "pycocotools>=2.0.8",
         "pytest>=8.0",
+        "pytest-xdist>=3.5",  # half the time on two cores
         "ruff>=0.9",
         "scikit-image>=0.24",
-        "scikit-learn>=1.4",  # the tests compare kNN with it
+        "scikit-learn>=1.4",  # SVMs; the tests compare kNN with it
         "setuptools>=68",
         "types-PyYAML",
         "wheel",
     ],
+    # what tests and benchmarks compare weights, features and speed with
+    "peers": ["byol-pytorch>=0.9", "lightly>=1.6", "timm>=1.0"],
 }
 
 setup(
@@ -61,6 +70,8 @@ setup(
         "byol_fast",
         "byol_fast.evaluate",
         "byol_fast.evaluate.commands",
+        "byol_fast.evaluate.dense",
+        "byol_fast.interop",
         "byol_fast.report",
         "pipelines",
         "pipelines.augment",

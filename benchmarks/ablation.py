@@ -1,17 +1,19 @@
 """Each optimisation of the step taken away alone, beside what was predicted of it.
 
-`python benchmarks/ablation.py [--device cuda] [--batch-size 256] [--steps 20] [--json FILE]`
+`python benchmarks/ablation.py [--batch-size 256] [--steps 20] [--only compiled] [--json FILE]`
 
 Rows take turns with the full step, A B A B. A gain is the time without the optimisation over the
-time with it, on the same engine: `compiled` and `captured` compare engines, all others run eagerly,
-as compiling each would take minutes. Predictions were written down before anything was measured.
+time with it, on the same engine: `compiled` and `captured` compare engines, most others run
+eagerly, as compiling each would take minutes. Predictions were written down before anything was
+measured. Without a GPU only what means something there is measured, and what `--only` names.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a chec
 
 import numpy as np
 
-from benchmarks import hardware
+from benchmarks import commands, hardware
 from benchmarks.conditions import as_json, conditions, write
 from benchmarks.hardware import percentiles
 from benchmarks.stepping import StepBench, StepSettings
@@ -58,25 +60,42 @@ CHANGES = (
         True,
     ),
     Change("bf16, not fp16", _EAGER, {**_EAGER, "precision": "fp16"}, "below 1: eager BatchNorm"),
+    Change(
+        "1x1 convolutions as products",
+        {"engine": "compile", "conv_1x1_as_mm": True},
+        {"engine": "compile"},
+        "0.95-1.05: cuDNN does such convolutions as products too",
+    ),
     Change("cuDNN's search", _EAGER, {**_EAGER, "cudnn_benchmark": False}, "1.0-1.1"),
 )
 
 
-def measure(settings: StepSettings, world: World, *, steps: int, warm_up: int) -> dict[str, Any]:
+def measure(
+    settings: StepSettings,
+    world: World,
+    *,
+    steps: int,
+    warm_up: int,
+    only: list[str] | None = None,
+    each: Callable[[dict[str, Any]], None] = lambda gains: None,  # sees them as they come
+) -> dict[str, Any]:
     """Gains by name: p20, p50, p80 of the ratio within each round."""
     gains: dict[str, Any] = {}
     for change in CHANGES:
-        if world.device.type != "cuda" and not change.anywhere:
-            gains[change.name] = {"left_out": "needs a GPU", "predicted": change.predicted}
+        if only is not None and change.name not in only:
             continue
-        try:
-            pair = [
-                StepBench(replace(settings, **options), world)
-                for options in (change.with_it, change.without)
-            ]
-            gains[change.name] = _gain(pair, change, steps, warm_up)
-        except (ValueError, RuntimeError) as error:
-            gains[change.name] = {"left_out": str(error)[:200], "predicted": change.predicted}
+        if world.device.type != "cuda" and not (change.anywhere or only):
+            gains[change.name] = {"left_out": "needs a GPU", "predicted": change.predicted}
+        else:
+            try:
+                pair = [
+                    StepBench(replace(settings, **options), world)
+                    for options in (change.with_it, change.without)
+                ]
+                gains[change.name] = _gain(pair, change, steps, warm_up)
+            except (ValueError, RuntimeError) as error:
+                gains[change.name] = {"left_out": str(error)[:200], "predicted": change.predicted}
+        each(gains)
     return gains
 
 
@@ -97,36 +116,41 @@ def _gain(pair: list[StepBench], change: Change, steps: int, warm_up: int) -> di
     }
 
 
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = commands.step_parser(__doc__)
+    names = [change.name for change in CHANGES]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    options = parser.parse_args(argv)
+    commands.check(parser, options)
+    return options
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command: 0, or 2 for wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
+    options = arguments(argv)
     world = distributed.start(options.device)
-    if world.device.type == "cuda":
-        settings = StepSettings(batch=options.batch_size or 256)
-        steps, warm_up = options.steps or 40, 20
-    else:
-        batch = options.batch_size or 8
-        settings = StepSettings("resnet18", 32, batch, precision="fp32", engine="eager")
-        steps, warm_up = options.steps or 2, 1
-    gains = measure(settings, world, steps=steps, warm_up=warm_up)
+    big = world.device.type == "cuda"
+    if not big:
+        options.batch_size = options.batch_size or 8
+    settings = commands.settings(options, world.device)
     result = {
         **conditions("ablation", ["python", "benchmarks/ablation.py", *argv], world.device),
-        "batch_size": settings.batch,
-        "gains": gains,
+        "settings": asdict(settings),
     }
-    for name, row in gains.items():
+
+    def each(gains: dict[str, Any]) -> None:  # a run may be ended from outside
+        name, row = list(gains.items())[-1]
         if "gain" in row:
             measured = "{1:.3f} ({0:.3f}-{2:.3f})".format(*row["gain"])
         else:
             measured = f"left out: {row['left_out'][:60]}"
-        print(f"{name:34}{measured:26} predicted {row['predicted']}")
-    write(options.json, as_json(result))
+        print(f"{name:34}{measured:26} predicted {row['predicted']}", flush=True)
+        write(options.json, as_json({**result, "gains": gains}))
+
+    steps, warm_up = options.steps or (40 if big else 2), 20 if big else 1
+    measure(settings, world, steps=steps, warm_up=warm_up, only=options.only, each=each)
     distributed.stop()
     return 0
 

@@ -1,13 +1,14 @@
 """Images per second per GPU of BYOL pretraining, against an FPS target.
 
 `python benchmarks/fps.py [--mode all | step loader e2e linear-eval optim peers] [--target-fps 676]
- [--data DIR] [--batch-size 256] [--json FILE] [--chart FILE.svg]`
+ [--data DIR] [--batch-size 256] [--project 8 [--nodes 4]] [--json FILE] [--chart FILE.svg]`
 `torchrun --nproc_per_node=8 benchmarks/fps.py --mode step`
 
 - `step`: the whole update (target, online, backward, LARS, moving average) on views that are on the
   device already. `loader`: files to views on the device, nothing else. `e2e`: both together.
 - `linear-eval`: a frozen backbone's forward and a linear layer's training step: what the target's
   figure was measured on. `optim`: LARS and moving average alone. `peers`: see peers.py.
+- `--project 8`: what eight such GPUs, and nodes of them, would do: a prediction, see scaling.py.
 
 One image is one sample, that is two views, except in linear-eval. Without a GPU everything runs
 small, to show that it runs; such figures say nothing about a GPU.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a chec
 
 import torch
 
-from benchmarks import chart_fps, hardware, optimizers, stepping
+from benchmarks import chart_fps, commands, hardware, optimizers, scaling, stepping
 from benchmarks.conditions import as_json, conditions, write
 from benchmarks.stepping import FORWARDS_OF_AN_IMAGE, StepSettings
 from byol_fast import distributed
@@ -38,19 +40,13 @@ TARGET = 5408 / 8  # mmpretrain's linear evaluation of BYOL ResNet-50: 5408 imag
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line; sizes that were not given depend on the device."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = commands.step_parser(__doc__)
     parser.add_argument("--mode", nargs="+", choices=["all", *MODES], default=["step"])
     parser.add_argument("--target-fps", type=float, default=TARGET, help="images/s per GPU")
     parser.add_argument("--data", help="a folder of images; without it JPEGs are generated")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--backbone", help="of torchvision (resnet50; without a GPU resnet18)")
-    parser.add_argument("--image-size", type=int, help="pixels (224; without a GPU 32)")
-    parser.add_argument("--batch-size", type=int, help="images per GPU (256; without a GPU 16)")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--engine", choices=["eager", "compile", "graph"])
     parser.add_argument("--backend", default="auto", help="of the loader: auto, torch, dali, ffcv")
-    parser.add_argument("--steps", type=int, help="measured steps (50; without a GPU 5)")
-    parser.add_argument("--json", type=Path, help="where the result is written")
+    parser.add_argument("--project", type=int, metavar="GPUS", help="predict for nodes of so many")
+    parser.add_argument("--nodes", type=int, default=1, help="of --project")
     parser.add_argument("--chart", type=Path, help="where a picture of it is written, as .svg")
     options = parser.parse_args(argv)
     options.argv = argv
@@ -58,35 +54,30 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         options.mode = list(MODES)
     if options.target_fps <= 0:
         parser.error("--target-fps is above 0")
-    for name in ("image_size", "batch_size", "steps"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 1")
+    commands.check(parser, options)
+    if min(options.nodes, 1 if options.project is None else options.project) < 1:
+        parser.error("--project and --nodes are at least 1")
     return options
 
 
-def settle(options: argparse.Namespace, device: torch.device) -> StepSettings:
-    """The sizes of a GPU run, or of a small one."""
-    big = device.type == "cuda"
-    options.steps = options.steps or (50 if big else 5)
-    return StepSettings(
-        backbone=options.backbone or ("resnet50" if big else "resnet18"),
-        image_size=options.image_size or (224 if big else 32),
-        batch=options.batch_size or (256 if big else 16),
-        precision=options.precision or ("bf16" if big else "fp32"),
-        engine=options.engine or ("compile" if big else "eager"),
-    )
-
-
-def run(options: argparse.Namespace, world: World, scratch: Path) -> dict[str, Any]:
+def run(
+    options: argparse.Namespace,
+    world: World,
+    scratch: Path,
+    each: Callable[[dict[str, Any]], None],  # sees the result as far as it is there
+) -> dict[str, Any]:
     """Every mode that was asked for, and what they mean together."""
-    settings = settle(options, world.device)
+    settings = commands.settings(options, world.device)
+    options.steps = options.steps or (50 if world.device.type == "cuda" else 5)
+    flop, kept = stepping.work_of_an_image(settings)
     limits = {
         "flops": hardware.matmul_flops(
             world.device,
             {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision, torch.float32),
         ),
         "bytes": hardware.copy_bytes(world.device),
-        "flop_of_an_image": stepping.flop_of_an_image(settings),
+        "flop_of_an_image": flop,
+        "kept_of_an_image": kept,
         "bytes_of_an_image": stepping.bytes_of_an_image(settings),
     }
     result: dict[str, Any] = {
@@ -96,39 +87,68 @@ def run(options: argparse.Namespace, world: World, scratch: Path) -> dict[str, A
         "limits": limits,
         "modes": {},
     }
-    modes, warm_up = result["modes"], 20 if world.device.type == "cuda" else 1
+    if world.is_main:
+        print(f"{result['device']}, {world.size} rank(s), torch {result['versions']['torch']}")
+    modes = result["modes"]
     for mode in options.mode:
-        match mode:
-            case "step":
-                modes[mode] = stepping.measure(
-                    settings, world, steps=options.steps, warm_up=warm_up, limits=limits
-                )
-            case "loader" | "e2e":
-                from benchmarks import feeding  # the pipelines' packages are needed only here
-
-                folder = options.data or feeding.generated(scratch)
-                modes[mode] = feeding.measure(
-                    folder,
-                    settings,
-                    world,
-                    backend=options.backend,
-                    steps=options.steps,
-                    warm_up=min(5, warm_up),
-                    train=mode == "e2e",
-                )
-            case "linear-eval":
-                modes[mode] = stepping.measure_linear(
-                    settings, world, steps=options.steps, warm_up=warm_up
-                )
-            case "optim":
-                modes[mode] = optimizers.measure(settings, world.device, steps=options.steps)
-            case "peers":
-                from benchmarks import peers
-
-                modes[mode] = peers.measure(settings, world, steps=options.steps, warm_up=warm_up)
+        modes[mode] = _measure(mode, options, settings, world, scratch, limits)
+        if world.is_main:
+            show_mode(mode, modes[mode])
+        each(result)
+    if options.project is not None:
+        result["projection"] = projection(options, settings, world, modes.get("step"))
     result["verdict"] = verdict(result)
     result["bottleneck"] = bottleneck(result)
+    each(result)
     return result
+
+
+def _measure(
+    mode: str,
+    options: argparse.Namespace,
+    settings: StepSettings,
+    world: World,
+    scratch: Path,
+    limits: dict[str, float],
+) -> dict[str, Any]:
+    warm_up, steps = (20 if world.device.type == "cuda" else 1), options.steps
+    match mode:
+        case "step":
+            return stepping.measure(settings, world, steps=steps, warm_up=warm_up, limits=limits)
+        case "loader" | "e2e":
+            from benchmarks import feeding  # the pipelines' packages are needed only here
+
+            return feeding.measure(
+                options.data or feeding.generated(scratch),
+                settings,
+                world,
+                backend=options.backend,
+                steps=steps,
+                warm_up=min(5, warm_up),
+                train=mode == "e2e",
+            )
+        case "linear-eval":
+            return stepping.measure_linear(settings, world, steps=steps, warm_up=warm_up)
+        case "optim":
+            return optimizers.measure(settings, world.device, steps=steps)
+        case _:
+            from benchmarks import peers
+
+            return peers.measure(settings, world, steps=steps, warm_up=warm_up)
+
+
+def projection(
+    options: argparse.Namespace, settings: StepSettings, world: World, step: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What more GPUs would do, from the step of one GPU where that has been measured."""
+    if world.device.type == "cuda" and world.size == 1 and step is not None:
+        step_ms, source = step["step_ms"][1], "measured in this run"
+    else:  # a processor's step says nothing about a GPU's
+        settings = StepSettings()
+        step_ms, source = scaling.assumed_step(settings)
+    return scaling.project(
+        settings, gpus=options.project, nodes=options.nodes, step_ms=step_ms, source=source
+    )
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
@@ -148,6 +168,12 @@ def verdict(result: dict[str, Any]) -> list[str]:
             rate = result["modes"][mode]["images_per_second_per_gpu"][1]
             met = "met" if rate >= target else "missed"
             lines.append(f"{mode}: {rate:.1f} images/s per GPU, {rate / target:.2f}x: {met}")
+    for row in result.get("projection", {}).get("rows", [])[1:]:
+        rate, wanted = row["images_per_second"], target * row["ranks"]
+        lines.append(
+            f"predicted for {row['ranks']} GPUs: {rate:,.0f} images/s, "
+            f"{rate / wanted:.2f}x of {wanted:,.0f}"
+        )
     return lines
 
 
@@ -190,37 +216,41 @@ def bottleneck(result: dict[str, Any]) -> str:
     )
 
 
-def show(result: dict[str, Any]) -> None:
-    """The table, the verdict and the sentence."""
-    print(f"{result['device']}, {result['ranks']} rank(s), torch {result['versions']['torch']}")
-    for mode, row in result["modes"].items():
-        if mode in ("optim", "peers"):
-            print(f"\n{mode}")
-            for name, one in row.items():
-                print(f"  {name:34}{one['text']}")
-            continue
-        low, middle, high = row["images_per_second_per_gpu"]
-        facts = [f"{middle:.1f} ({low:.1f}-{high:.1f}) images/s per GPU"]
-        facts.append(f"{row['images_per_second']:.1f} in all")
-        facts.append("{1:.1f} ({0:.1f}-{2:.1f}) ms a step".format(*row["step_ms"]))
-        for name, unit in (
-            ("wait_share", "waiting for data"),
-            ("flop_share", "of a matrix product's FLOP/s"),
-            ("byte_share_estimate", "of a copy's bytes/s (estimate)"),
-        ):
-            if name in row:
-                facts.append(f"{row[name]:.1%} {unit}")
-        for name, unit in (
-            ("forwards_per_second", "forwards/s"),
-            ("launches", "launches a step"),
-            ("host_waits", "waits of the host a step"),
-            ("peak_gb", "GiB at most"),
-            ("mb_per_image", "MiB an image"),
-            ("compile_seconds", "s to compile"),
-        ):
-            if row.get(name) is not None:
-                facts.append(f"{row[name]:g} {unit}")
-        print(f"\n{mode}\n  " + "\n  ".join(facts))
+def show_mode(mode: str, row: dict[str, Any]) -> None:
+    """One mode's part of the table."""
+    print(f"\n{mode}", flush=True)
+    if mode in ("optim", "peers"):
+        for name, one in row.items():
+            print(f"  {name:34}{one['text']}", flush=True)
+        return
+    low, middle, high = row["images_per_second_per_gpu"]
+    facts = [f"{middle:.1f} ({low:.1f}-{high:.1f}) images/s per GPU"]
+    facts.append(f"{row['images_per_second']:.1f} in all")
+    facts.append("{1:.1f} ({0:.1f}-{2:.1f}) ms a step".format(*row["step_ms"]))
+    shares = (
+        ("wait_share", "waiting for data"),
+        ("flop_share", "of a matrix product's FLOP/s"),
+        ("byte_share_estimate", "of a copy's bytes/s (estimate)"),
+    )
+    numbers = (
+        ("forwards_per_second", "forwards/s"),
+        ("launches", "launches a step"),
+        ("host_waits", "waits of the host a step"),
+        ("peak_gb", "GiB at most"),
+        ("mb_per_image", "MiB an image, weights and all"),
+        ("activation_mb_per_image", "MiB of activations an image"),
+        ("kept_mb_per_image_counted", "MiB an image kept for backward if not compiled (counted)"),
+        ("compile_seconds", "s to compile"),
+    )
+    facts += [f"{row[name]:.1%} {unit}" for name, unit in shares if name in row]
+    facts += [f"{row[name]:g} {unit}" for name, unit in numbers if row.get(name) is not None]
+    print("  " + "\n  ".join(facts), flush=True)
+
+
+def show_end(result: dict[str, Any]) -> None:
+    """The prediction, the verdict and the sentence."""
+    if "projection" in result:
+        print("\n" + "\n".join(scaling.lines(result["projection"])))
     print("\n" + "\n".join(result["verdict"]))
     print(result["bottleneck"])
 
@@ -233,17 +263,21 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+    def save(result: dict[str, Any]) -> None:  # after each mode: a run may be ended from outside
+        if world.is_main:
+            write(options.json, as_json(result))
+
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            result = run(options, world, Path(scratch))
+            result = run(options, world, Path(scratch), save)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
     finally:
         distributed.stop()
     if world.is_main:
-        show(result)
-        write(options.json, as_json(result))
+        show_end(result)
         if options.chart:
             write(options.chart, chart_fps.draw(result))
     return 0

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from benchmarks.host_reads import HostReads
+
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or how many cores this process may use."""
@@ -56,13 +58,18 @@ def copy_bytes(device: torch.device) -> float:
     return 2 * count / best_seconds(lambda: target.copy_(source), device)
 
 
-def step_seconds(call: Callable[[], object], device: torch.device, steps: int) -> np.ndarray:
+def step_seconds(
+    call: Callable[[], object],
+    device: torch.device,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,  # without a GPU
+) -> np.ndarray:
     """`[steps]` seconds of calls in a row, without waiting for the device between them."""
     if device.type != "cuda":
-        marks = [time.perf_counter()]
+        marks = [clock()]
         for _ in range(steps):
             call()
-            marks.append(time.perf_counter())
+            marks.append(clock())
         return np.diff(marks)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     wait(device)
@@ -97,9 +104,14 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 def launches_and_waits(
     call: Callable[[], object], device: torch.device
 ) -> tuple[int | None, int | None]:
-    """Kernel launches of a step, and how often the host waits for the GPU in it."""
+    """Kernel launches of a step, and how often the host waits for the GPU in it.
+
+    Without a GPU: None, and how often it would wait.
+    """
     if device.type != "cuda":
-        return None, None
+        with HostReads() as seen:
+            call()
+        return None, len(seen.reads)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     steps = 3
     wait(device)

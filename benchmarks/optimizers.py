@@ -1,7 +1,8 @@
-"""LARS and the moving average alone, in every implementation, taking turns."""
+"""LARS and the moving average alone: every implementation of ours and other packages', in turns."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,48 +11,74 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import hardware
+from benchmarks import hardware, peer_updates
 from benchmarks.hardware import percentiles
 from benchmarks.stepping import StepSettings
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
 
+OURS = ("reference", "foreach", "fused", "apex")
 
-def measure(settings: StepSettings, device: torch.device, *, steps: int) -> dict[str, Any]:
-    """Milliseconds of an update and moving average of BYOL's parameters, by implementation."""
+
+def measure(
+    settings: StepSettings,
+    device: torch.device,
+    *,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Milliseconds of an update and moving average of BYOL's parameters, by implementation.
+
+    Ratios are to ours as `auto` chooses it, within each round.
+    """
     calls: dict[str, Callable[[], None]] = {}
     result: dict[str, Any] = {}
-    for impl in ("reference", "foreach", "fused", "apex"):
+    for name in (*OURS, *peer_updates.PEERS):
         try:
-            if impl == "fused" and device.type != "cuda":
+            if name == "fused" and device.type != "cuda":
                 raise ValueError("needs a GPU: interpreted, its time means nothing")
-            calls[impl] = _update(settings, device, impl)
-            calls[impl]()
+            calls[name] = _update(settings, device, name)
+            calls[name]()
         except (ImportError, ValueError, RuntimeError) as error:
-            calls.pop(impl, None)
-            result[impl] = {"text": f"left out: {error}"}
-    rounds = max(3, steps // 10)
-    seconds: dict[str, list[float]] = {impl: [] for impl in calls}
+            calls.pop(name, None)
+            result[name] = {"text": f"left out: {error}"}
+    rounds, part = (max(3, steps // 10), 10) if device.type == "cuda" else (max(3, steps), 1)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):  # A B C A B C
-        for impl, call in calls.items():
-            seconds[impl].append(float(np.median(hardware.step_seconds(call, device, 10))))
-    for impl, some in seconds.items():
-        spread = percentiles(1000 * np.array(some))
-        launches, waits = hardware.launches_and_waits(calls[impl], device)
+        for name, call in calls.items():
+            some = hardware.step_seconds(call, device, part, clock)
+            seconds[name].append(float(np.median(some)))
+    ours = "fused" if "fused" in calls else "foreach"
+    for name in seconds:
+        taken = np.array(seconds[name])
+        spread = percentiles(1000 * taken)
+        launches, waits = hardware.launches_and_waits(calls[name], device)
+        ratio = taken / np.array(seconds[ours])
         text = "{1:.3f} ({0:.3f}-{2:.3f}) ms".format(*spread)
+        if name != ours:
+            text += f", {np.median(ratio):.2f}x of {ours}"
         if launches is not None:
-            text += f", {launches} launches, {waits} waits of the host"
-        result[impl] = {"ms": spread, "launches": launches, "host_waits": waits, "n": rounds}
-        result[impl]["text"] = text
+            text += f", {launches} launches"
+        result[name] = {
+            "ms": spread,
+            f"over_{ours}": percentiles(ratio),
+            "launches": launches,
+            "host_waits": waits,
+            "n": rounds,
+            "text": f"{text}, {waits} waits of the host",
+        }
     return result
 
 
-def _update(settings: StepSettings, device: torch.device, impl: str) -> Callable[[], None]:
+def _update(settings: StepSettings, device: torch.device, name: str) -> Callable[[], None]:
     """The update of a whole model by one implementation, on gradients that stay."""
+    torch.manual_seed(0)
     model = BYOL(settings.backbone, image_size=settings.image_size).to(device)
-    optimizer = LARS(param_groups(model.online, 1.5e-6), 0.1, impl=impl)  # type: ignore[arg-type]
     for p in model.online.parameters():
         p.grad = torch.randn_like(p) * 1e-3
+    if name in peer_updates.PEERS:
+        return peer_updates.PEERS[name](model)
+    optimizer = LARS(param_groups(model.online, 1.5e-6), 0.1, impl=name)  # type: ignore[arg-type]
     pairs: tuple[list[Tensor], list[Tensor]] = (
         model.target_ema_params(),
         model.online_ema_params(),

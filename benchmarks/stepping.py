@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from benchmarks import hardware
 from benchmarks.hardware import percentiles
 from byol_fast.compiled import as_they_stand, compiled
 from byol_fast.distributed import World, data_parallel
-from byol_fast.graphed import GraphedStep, refusal
+from byol_fast.graphed import GraphedStep, refusal, side_stream
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
 from byol_fast.step import AUTOCAST, StepOutput, train_step
@@ -27,7 +28,7 @@ FORWARDS_OF_AN_IMAGE = 8
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What is measured. Each of the last five is an optimisation that can be taken away."""
+    """What is measured. Each of the last six is an optimisation that can be taken away or tried."""
 
     backbone: str = "resnet50"
     image_size: int = 224
@@ -38,6 +39,12 @@ class StepSettings:
     channels_last: bool = True
     one_pass: bool = True  # both views in one forward, statistics apart
     cudnn_benchmark: bool = True
+    conv_1x1_as_mm: bool = False  # Inductor's: forward 1x1 convolutions with stride 1 as products
+
+    @property
+    def hidden_size(self) -> int:
+        """Of projector and predictor: the paper's, or that of small images' recipes."""
+        return 4096 if self.image_size > 64 else 512
 
 
 class StepBench:
@@ -46,10 +53,13 @@ class StepBench:
     def __init__(self, settings: StepSettings, world: World) -> None:
         self.settings, self.world, self.device = settings, world, world.device
         self.dtype = AUTOCAST.get(settings.precision)
+        reason = refusal(self.device, accumulate=1, precision=settings.precision)
+        if settings.engine == "graph" and reason:
+            raise ValueError(f"no graph: {reason}")
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
-        hidden = 4096 if settings.image_size > 64 else 512
+        hidden = settings.hidden_size
         model = BYOL(
             settings.backbone,
             image_size=settings.image_size,
@@ -74,6 +84,7 @@ class StepBench:
                 image_size=side,
                 dtype=self.views.dtype,
                 autocast_dtype=self.dtype,
+                options={"conv_1x1_as_mm": True} if settings.conv_1x1_as_mm else None,
             )
         self.compile_seconds = networks.compile_seconds
         if not settings.one_pass:
@@ -81,12 +92,11 @@ class StepBench:
                 networks, online=_TwoPasses(networks.online), target=_TwoPasses(networks.target)
             )
             _one_view(model)
-        networks = replace(networks, online=data_parallel(networks.online, world))
+        with side_stream(self.device) if settings.engine == "graph" else nullcontext():
+            networks = replace(networks, online=data_parallel(networks.online, world))
         self.optimizer = LARS(param_groups(model.online, 1.5e-6), 0.1, impl=settings.optimizer)
         self.networks, self.graphed = networks, None
         if settings.engine == "graph":
-            if reason := refusal(self.device, accumulate=1, precision=settings.precision):
-                raise ValueError(f"no graph: {reason}")
             self.graphed = GraphedStep(model, networks, self.optimizer, autocast_dtype=self.dtype)
         self.scaler = torch.amp.GradScaler("cuda") if settings.precision == "fp16" else None
 
@@ -126,13 +136,31 @@ def _one_view(model: BYOL) -> None:
     set_views(model, 1)
 
 
-def flop_of_an_image(settings: StepSettings) -> float:
-    """FLOPs that one image's step takes, counted over the operations of a step on the CPU."""
+def work_of_an_image(settings: StepSettings) -> tuple[float, float]:
+    """FLOPs of one image's step, and the bytes that an uncompiled forward keeps for backward.
+
+    Counted over the operations of a step on the CPU; what is kept in floats counts with the bytes
+    of `settings.precision`, and nothing twice.
+    """
     small = replace(settings, batch=2, precision="fp32", engine="eager", optimizer="reference")
     bench = StepBench(small, World(0, 1, torch.device("cpu")))
-    with FlopCounterMode(display=False) as counter:
+    weights = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # tensors, so that no address is used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
         bench.step()
-    return counter.get_total_flops() / small.batch
+    float_bytes = 4 if settings.precision == "fp32" else 2
+    size = sum(
+        tensor.numel() * (float_bytes if tensor.is_floating_point() else tensor.element_size())
+        for address, tensor in kept.items()
+        if address not in weights
+    )
+    return counter.get_total_flops() / small.batch, size / small.batch
 
 
 def bytes_of_an_image(settings: StepSettings) -> float:
@@ -169,11 +197,13 @@ def measure(
     settings: StepSettings, world: World, *, steps: int, warm_up: int, limits: dict[str, float]
 ) -> dict[str, Any]:
     """A row: rate, spread, memory, launches, and the shares of what the hardware could do."""
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(world.device)
+    on_gpu = world.device.type == "cuda"
     bench = StepBench(settings, world)
     for _ in range(warm_up):
         loss = bench.step().loss
+    if on_gpu:  # not before: cuDNN's search takes workspaces that steps do not need
+        torch.cuda.reset_peak_memory_stats(world.device)
+        between = torch.cuda.memory_allocated(world.device)  # weights, gradients, momentum, views
     seconds = hardware.step_seconds(bench.step, world.device, steps)
     middle = float(np.median(seconds))
     rate = settings.batch / middle
@@ -194,10 +224,15 @@ def measure(
         "loss_is_finite": math.isfinite(float(loss)),
         "n": steps,
     }
-    if world.device.type == "cuda":
+    if on_gpu:
         peak = torch.cuda.max_memory_allocated(world.device)
         row["peak_gb"] = float(f"{peak / 2**30:.3g}")
         row["mb_per_image"] = float(f"{peak / 2**20 / settings.batch:.3g}")
+        if settings.engine != "graph":  # a graph holds its memory between steps too
+            row["activation_mb_per_image"] = float(
+                f"{(peak - between) / 2**20 / settings.batch:.3g}"
+            )
+    row["kept_mb_per_image_counted"] = float(f"{limits['kept_of_an_image'] / 2**20:.3g}")
     return row
 
 

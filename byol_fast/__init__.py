@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING, Any
 from byol_fast._version import __version__
 
 if TYPE_CHECKING:
+    from byol_fast.classifier import Classifier
     from byol_fast.export import load_backbone
-    from byol_fast.model import BYOL
+    from byol_fast.learner import BYOL
     from byol_fast.optim import LARS
 
-__all__ = ["BYOL", "LARS", "__version__", "load_backbone"]
+__all__ = ["BYOL", "LARS", "Classifier", "__version__", "load_backbone"]
 
-_HOMES = {"BYOL": "model", "LARS": "optim", "load_backbone": "export"}
+_HOMES = {
+    "BYOL": "learner",
+    "Classifier": "classifier",
+    "LARS": "optim",
+    "load_backbone": "export",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -49,14 +49,14 @@ def parse(
             continue
         if flag is None:
             off = find(name[3:], flags) if name[:3] in ("no-", "no_") else None
-            if off is None or off.kinds != (bool,) or equals:
+            if off is None or not off.is_switch or equals:
                 shown = word.partition("=")[0]
                 raise UsageError(f"unknown flag {shown}{_near_option(name, flags, others)}")
-            values[off.name] = False
+            values[off.name] = off.convert(False, off.option)
         elif equals:
             values[flag.name] = flag.convert(given, flag.option)
-        elif flag.kinds == (bool,):
-            follows = bool(words) and words[0].lower() in TRUE + FALSE
+        elif flag.is_switch:
+            follows = bool(words) and words[0].lower() in (*TRUE, *FALSE, *flag.choices)
             values[flag.name] = flag.convert(words.pop(0) if follows else True, flag.option)
         else:
             values[flag.name] = flag.convert(_next(words, flag.option, flag.expects), flag.option)

@@ -12,7 +12,7 @@ from byol_fast import checkpoint, monitor, split
 from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
-from byol_fast.distributed import World
+from byol_fast.distributed import World, statistics_group
 from byol_fast.errors import CheckpointError
 from byol_fast.graphed import refusal
 from byol_fast.model import BYOL
@@ -157,14 +157,17 @@ def _build_model(config: Config, world: World) -> BYOL:
     torch.manual_seed(config.seed)  # the same weights on every rank
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    given, sizes = config.model, (config.model.hidden_size, OUTPUT_SIZE)
     model = BYOL(
         config.backbone,
         config.model.hidden_layer,
         config.image_size,
-        projector=(config.model.hidden_size, OUTPUT_SIZE),
-        predictor=(config.model.hidden_size, OUTPUT_SIZE),
+        projector=sizes,
+        predictor=sizes if given.predictor == "mlp" else given.predictor,
+        norm=given.norm,
+        momentum=given.momentum,
         stem=config.model.stem,
-        bn_sync=config.model.bn_sync and world.size > 1,
+        bn_sync=statistics_group(config.model.bn_sync, world),
     )
     return model.to(world.device).to(memory_format=torch.channels_last)
 
@@ -175,6 +178,8 @@ def _build_networks(resolved: Resolved, model: BYOL, plan: RunPlan, world: World
     on_gpu = world.device.type == "cuda"
     if config.run.engine == "graph":
         reason = refusal(world.device, accumulate=accumulate, precision=plan.precision)
+        if not reason and config.model.predictor == "directpred":
+            reason = "DirectPred's eigenvalues make the host wait (--model.method)"
         if reason:
             raise ValueError(f"--run.engine graph: {reason}; use --run.engine auto")
     if config.run.engine == "eager" or (config.run.engine == "auto" and not on_gpu):

@@ -12,8 +12,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from byol_fast.groupnorm import to_group_norm
 from byol_fast.norm import convert
+from byol_fast.padding import Padding, set_padding
 
+Norm = Literal["batch", "group-ws"]
 Stem = Literal["imagenet", "cifar"]
 HiddenLayer = int | str
 
@@ -57,6 +60,8 @@ def build_backbone(
     hidden_layer: HiddenLayer = -1,
     image_size: int = 224,
     views: int = 1,
+    norm: Norm = "batch",
+    padding: Padding = "symmetric",
 ) -> nn.Module:
     """A module from [N, 3, S, S] to features [N, F].
 
@@ -66,12 +71,21 @@ def build_backbone(
     stem: "cifar" gives a ResNet a 3×3 first convolution of stride 1 and no max-pool.
     hidden_layer: -1 for what the module puts out; otherwise a layer's name, or its index among
         the children (-2: the last but one). The layer's output is flattened from dimension 1.
+    padding: what a ResNet trained elsewhere saw at the borders; see `padding.py`.
     views: above 1, BatchNorm layers become `ViewBatchNorm` with that many views, weights kept.
+    norm: "group-ws" puts GroupNorm in BatchNorm's place and standardises the weights before it.
 
-    Raises ValueError for an unknown name, layer or stem, and for an image size it cannot take.
+    Raises ValueError for an unknown name, layer, stem or norm, and for an image size that it cannot
+    take.
     """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm is batch or group-ws, got {norm!r}")
     if isinstance(backbone, str):
         net = _torchvision(backbone, stem, image_size)
+        if padding != "symmetric":
+            if not _is_resnet(net):
+                raise ValueError(f"padding {padding} is for ResNets, not for {backbone!r}")
+            set_padding(net, padding)
         # A ResNet's pooled output is what is left once fc is off: no hook needed for it.
         if hidden_layer in (-1, -2, "avgpool") and (hidden_layer == -1 or _is_resnet(net)):
             hidden_layer = -1
@@ -85,7 +99,9 @@ def build_backbone(
             "the backbone has lazy layers without weights: run one batch through it first, so "
             "that optimizer and target see every parameter"
         )
-    if views > 1:
+    if norm == "group-ws":
+        net = to_group_norm(net)
+    elif views > 1:
         net = convert(net, views=views)
     name = str(backbone) if isinstance(backbone, str) else type(backbone).__name__
     net = _at_layer(net, hidden_layer)

@@ -20,7 +20,8 @@ _ROW = re.compile(r"epoch=(\d+), ?index=(\d+)")
 
 COMMANDS = {
     "pretrain": ("byol_fast.pretrain", "learn a representation from a folder of images"),
-    "evaluate": ("byol_fast.evaluate.__main__", "kNN and linear accuracy of learned weights"),
+    "evaluate": ("byol_fast.evaluate.__main__", "accuracy of learned weights, by many protocols"),
+    "interop": ("byol_fast.interop.__main__", "weights from and to other projects"),
     "index": ("pipelines.index", "read a folder's image sizes, and check that all can be decoded"),
     "convert": ("pipelines.convert", "write a data set as one .beton file, or check such a file"),
     "doctor": ("byol_fast.doctor", "what this machine lacks for a run, and what mends it"),

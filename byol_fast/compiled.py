@@ -48,13 +48,16 @@ def compiled(
     dtype: torch.dtype,  # of the views
     autocast_dtype: torch.dtype | None,
     backend: str = "inductor",
+    options: dict[str, str | int | bool] | None = None,  # of the backend
 ) -> Networks:
     """The networks compiled for views of one shape, or as they stand if any rank cannot.
 
     A forward and a backward on random views make the compiler work now, not in the first step.
     They leave nothing behind: running statistics are put back, gradients dropped.
     """
-    compile_ = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    compile_ = partial(
+        torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options
+    )
     online = cast(nn.Module, compile_(model.online))
     networks = Networks(online, compile_(model.target), compile_(pair_loss))
     views = torch.randn(2 * batch, image_size, image_size, 3, device=world.device)
@@ -88,6 +91,9 @@ def _try_out(
                 target = networks.target(views)
             prediction, _, _ = networks.online(views)
         networks.loss(prediction, target).backward()
+        first = next((p.grad for p in model.online.parameters() if p.requires_grad), None)
+        if first is not None and not first.any():  # as one version of torch has compiled it
+            raise RuntimeError("the compiled backward leaves the first layer without a gradient")
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)

@@ -30,6 +30,7 @@ ACTIONS = {
 }
 RECIPE = "the recipe's"  # what None stands for until `recipes.fill`
 BACKENDS = ("auto", "torch", "dali", "ffcv", "synthetic")
+METHODS = ("byol", "simsiam", "directpred", "no-predictor", "group-ws")
 _BACKEND = re.compile(rf"{'|'.join(BACKENDS)}|dali:(cpu|mixed(:(0(\.\d+)?|1(\.0+)?))?)")
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(m|h)|(\d+)")
 _KEEP = re.compile(r"([1-9]\d*)(?:, ?every=([1-9]\d*)(e?))?")
@@ -49,8 +50,10 @@ class InputConfig(Section):
         "meaning of the colour jitter, the blur's border and the crop's retries"
     )
     crop_area_min: float = _recipe("smallest crop, as a share of the image", above=0, at_most=1)
-    blur: bool = _recipe("blur the views (view 1 always, view 2 one time in ten)")
-    flip: float = _recipe("probability of a mirror image: 0 for writing", at_least=0, at_most=1)
+    views: Literal["byol", "no-blur", "no-flip", "no-blur-no-flip"] = _recipe(
+        "the paper's two views, or those without blur (for images of 32 pixels), without mirror "
+        "images (for writing), or without both"
+    )
     verify: bool = setting(
         "decode every image strictly once when indexing, so that broken ones are named then",
         default=True,
@@ -70,6 +73,16 @@ class InputConfig(Section):
         free=True,
         at_least=1,
     )
+
+    @property
+    def blur(self) -> bool:
+        """Whether views are blurred: view 1 always, view 2 one time in ten."""
+        return "no-blur" not in self.views
+
+    @property
+    def flip(self) -> bool:
+        """Whether every other view is a mirror image."""
+        return "no-flip" not in self.views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +127,50 @@ class ModelConfig(Section):
         "which layer is the representation: the name or the index of a child", default=-1
     )
     target_decay: float = _recipe("EMA decay at step 0; rises to 1", at_least=0, at_most=1)
-    bn_sync: bool = setting(
-        "BatchNorm statistics over all processes, as in the paper", default=True
+    method: str = setting(
+        "byol, or what differs from it, joined by +: simsiam (the target is the online network "
+        "behind a stop-gradient), directpred (a predictor set from its inputs' correlation), "
+        "no-predictor, group-ws (GroupNorm and weight standardisation for BatchNorm)",
+        default="byol",
     )
+    bn_sync: Literal["none", "group", "world"] = setting(
+        "whose BatchNorm statistics are taken together: each process by itself, the processes of "
+        "a node, or all of them as in the paper (also said as false and true)",
+        default="world",
+        switch=("none", "world"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        words = self.method.split("+")
+        if unknown := [word for word in words if word not in METHODS]:
+            raise UsageError(
+                f"--model.method must be byol, or some of {', '.join(METHODS[1:])} joined by +, "
+                f"got {self.method!r}{nearest(unknown[0], METHODS)}"
+            )
+        if {"directpred", "no-predictor"} <= set(words):
+            raise UsageError("--model.method must not be both directpred and no-predictor")
+        if len(set(words)) < len(words) or ("byol" in words and len(words) > 1):
+            raise UsageError(
+                f"--model.method must name each difference from byol once, got {self.method!r}"
+            )
+
+    @property
+    def momentum(self) -> bool:
+        """Whether the target is a moving average; else the online network itself."""
+        return "simsiam" not in self.method
+
+    @property
+    def predictor(self) -> Literal["mlp", "directpred", "none"]:
+        """What stands between the online projection and the loss."""
+        if "directpred" in self.method:
+            return "directpred"
+        return "none" if "no-predictor" in self.method else "mlp"
+
+    @property
+    def norm(self) -> Literal["batch", "group-ws"]:
+        """What normalises, in the backbone and in the heads."""
+        return "group-ws" if "group-ws" in self.method else "batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +178,8 @@ class RunConfig(Section):
     """How it runs."""
 
     prefix: ClassVar[str] = "run"
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "of the networks; auto is bf16 on a GPU that has it, else fp32", default="auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = _recipe(
+        "of the networks; auto is bf16 on a GPU that has it, else fp32"
     )
     engine: Literal["auto", "eager", "compile", "graph"] = setting(
         "networks as they stand, through torch.compile, or that and the whole step as one CUDA "
@@ -259,9 +313,16 @@ class Config(Section):
     out: str = setting(
         "folder of the run; one that is there is resumed", default="runs/byol", free=True
     )
-    recipe: Literal["imagenet", "imagenet100", "cifar10", "cifar100", "stl10", "quickstart"] = (
-        setting("where unset values come from", default="imagenet", free=True)
-    )
+    recipe: Literal[
+        "imagenet",
+        "mmpretrain",
+        "openmixup",
+        "imagenet100",
+        "cifar10",
+        "cifar100",
+        "stl10",
+        "quickstart",
+    ] = setting("where unset values come from", default="imagenet", free=True)
     epochs: int = _recipe("passes over the data", at_least=1)
     batch_size: int = _recipe("images of one optimizer step over all processes", at_least=2)
     backbone: str = _recipe("any classification network of torchvision.models")
@@ -323,7 +384,8 @@ def parse(argv: Sequence[str]) -> Config:
     files, values = arguments.parse(argv, FLAGS, [action.split()[0] for action in ACTIONS])
     merged: dict[str, Any] = {}
     for file in files:
-        merged.update(arguments.flatten(arguments.load(Path(file)), FLAGS, file))
+        tree = _with_todays_names(arguments.load(Path(file)), file)
+        merged.update(arguments.flatten(tree, FLAGS, file))
     return replace(Config(), {**merged, **values})
 
 
@@ -334,7 +396,26 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(tree: Mapping[str, Any], where: str = "the configuration") -> Config:
     """The inverse of `to_dict`; a missing key has its default, an unknown one is an error."""
-    return replace(Config(), arguments.flatten(tree, FLAGS, where))
+    return replace(Config(), arguments.flatten(_with_todays_names(tree, where), FLAGS, where))
+
+
+def _with_todays_names(tree: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
+    """Files of earlier versions said `input.blur` and `input.flip` where there is `input.views`."""
+    section = tree.get("input")
+    old = section if isinstance(section, Mapping) else {}
+    if not {"blur", "flip"} & old.keys():
+        return tree
+    blur, flip = old.get("blur"), old.get("flip")
+    if flip not in (None, 0, 0.5):
+        raise UsageError(
+            f"input.flip in {where} is {flip!r}: mirror images are half of the views, or none "
+            "(input.views: no-flip)"
+        )
+    kept = {name: value for name, value in old.items() if name not in ("blur", "flip")}
+    if (blur, flip) != (None, None):
+        words = ["no-blur"] * (blur is False) + ["no-flip"] * (flip == 0)
+        kept["views"] = "-".join(words) or "byol"
+    return {**tree, "input": kept}
 
 
 def to_yaml(config: Config) -> str:
@@ -367,7 +448,7 @@ def spec(config: Config) -> AugmentSpec:
         dataclasses.replace(
             view,
             crop_area=(given.crop_area_min, 1.0),
-            flip=given.flip,
+            flip=view.flip if given.flip else 0.0,
             blur=view.blur if given.blur else 0.0,
         )
         for view in (VIEW1, VIEW2)

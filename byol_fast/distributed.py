@@ -131,6 +131,42 @@ def start(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), where, control, patient)
 
 
+def statistics_group(word: str, world: World) -> bool | dist.ProcessGroup:
+    """Whom a rank shares its BatchNorm statistics with: what `BYOL(bn_sync=…)` takes.
+
+    Every rank has to call this. Nodes may have different numbers of ranks.
+
+    Args:
+        word: `none`, `group` (the ranks of a node) or `world`.
+
+    Raises:
+        ValueError: the node of a rank is not known, as torchrun has not started it.
+    """
+    if word == "none" or world.size == 1:
+        return False
+    if word == "world":
+        return True
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            "--model.bn-sync group: LOCAL_RANK is not set, so the ranks of a node are not known: "
+            "start with torchrun, or use --model.bn-sync world"
+        )
+    # torchrun counts ranks node by node, so the first rank of a node names it.
+    gathered = [torch.zeros((), dtype=torch.int64) for _ in range(world.size)]
+    mine = torch.tensor(world.rank - int(os.environ["LOCAL_RANK"]))
+    dist.all_gather(gathered, mine, group=world.control)
+    nodes = [int(node) for node in gathered]
+    own: bool | dist.ProcessGroup = False
+    for first in sorted(set(nodes)):  # each rank makes every group, in one order
+        ranks = [rank for rank, node in enumerate(nodes) if node == first]
+        if len(ranks) == world.size:
+            return True
+        group = dist.new_group(ranks, timeout=timeout())
+        if world.rank in ranks and len(ranks) > 1:
+            own = cast(dist.ProcessGroup, group)
+    return own
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

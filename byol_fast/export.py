@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def export_backbone(
         described = {"format": "pt", _KEY: json.dumps(about)}
     except TypeError as error:
         raise ValueError(f"meta must hold plain JSON values: {error}") from error
-    tensors = _plain_tensors(backbone)
+    tensors = plain_tensors(backbone)
     stem.parent.mkdir(parents=True, exist_ok=True)
     # with_name, not with_suffix: a name such as "resnet18.v2" keeps its dot.
     paths = stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".pth")
@@ -131,7 +131,7 @@ def read_weights(path: Path | str) -> Weights:
         raise CheckpointError(
             f"{path} is not a file of plain tensors and was not loaded, nothing in it was "
             f"executed: it is damaged, or a pickle of program objects ({_first_line(error)}). "
-            "Export the weights again as .safetensors or as a state dict"
+            + (_foreign(path) or "Export the weights again as .safetensors or as a state dict")
         ) from error
     if isinstance(content, dict) and "hyper" in content and "model" in content:
         return _from_training(path, content)
@@ -142,8 +142,8 @@ def read_weights(path: Path | str) -> Weights:
     ):
         found = f"with the keys {_some(content)}" if isinstance(content, dict) else ""
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__} {found}, not a state dict: "
-            "save the backbone's own state_dict()"
+            f"{path} holds a {type(content).__name__} {found}, not a state dict. "
+            + (_foreign(path) or "Save the backbone's own state_dict()")
         )
     return Weights(path, content, {})
 
@@ -160,6 +160,9 @@ def build(
     """The network of `weights`; see `load_backbone`."""
     meta = weights.meta
     backbone = meta.get("backbone") if backbone is None else backbone
+    own_module = isinstance(backbone, nn.Module)  # whose keys are its own affair
+    if not meta and not own_module and (hint := _foreign(weights.file, weights.tensors)):
+        raise CheckpointError(f"{weights.file} holds the weights of another project. {hint}")
     if backbone is None:
         raise ValueError(
             f"{weights.file} does not say which network it belongs to: give its torchvision name "
@@ -180,6 +183,8 @@ def build(
             stem=stem or "imagenet",  # type: ignore[arg-type]
             hidden_layer=layer,
             image_size=size,
+            norm=meta.get("norm", "batch"),
+            padding=meta.get("padding", "symmetric") if isinstance(backbone, str) else "symmetric",
         )
     _fill(net, weights, type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone)
     return net.to(device).eval()
@@ -200,6 +205,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} was NOT written: {error}") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_atomically` of bytes."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomically(path, write)
 
 
 def _fill(net: nn.Module, weights: Weights, name: str) -> None:
@@ -232,8 +246,8 @@ def _taken_off(net: nn.Module, key: str) -> bool:
         return False
 
 
-def _plain_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, contiguous, unshared, with every counter a BatchNorm expects."""
+def plain_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+    """A backbone's state dict on the CPU, contiguous, unshared, with every BatchNorm's counter."""
     inner = backbone.net if isinstance(backbone, HiddenOutput) else backbone
     assert isinstance(inner, nn.Module)
     tensors = {
@@ -244,6 +258,15 @@ def _plain_tensors(backbone: nn.Module) -> dict[str, Tensor]:
         counter = key.removesuffix("running_var") + "num_batches_tracked"
         tensors.setdefault(counter, torch.zeros((), dtype=torch.int64))
     return tensors
+
+
+def _foreign(path: Path, keys: Iterable[str] | None = None) -> str:
+    """How to import a file of another project; "" if it is none, or one that is not known."""
+    from byol_fast.interop import describe, layouts  # which import this module
+
+    if keys is not None and (found := layouts.find(layouts.clean(keys).values())):
+        return "" if found.name == "torchvision" else describe.hint(path)
+    return describe.hint(path) if keys is None else ""
 
 
 def _from_folder(folder: Path) -> Weights:
@@ -269,6 +292,8 @@ def _from_safetensors(path: Path) -> Weights:
             f"{path} cannot be read as safetensors: damaged or incomplete ({_first_line(error)}). "
             "Export or copy it again"
         ) from error
+    if any(key.startswith(_ONLINE) for key in tensors):  # a full state: interop/state.py
+        return _from_training(path, {"model": tensors, "hyper": meta, "step": meta.get("steps")})
     return Weights(path, tensors, meta)
 
 

@@ -31,6 +31,7 @@ def setting(
     *,
     default: Any,
     unset: str = "",  # what None stands for, in the words of the help text; "" forbids None
+    switch: tuple[str, str] | None = None,  # choices that false and true stand for
     free: bool = False,  # may differ when a run is resumed
     formerly: str = "",  # its name in earlier versions, still understood
     at_least: float | None = None,
@@ -39,7 +40,7 @@ def setting(
 ) -> Any:
     """A dataclass field with its help, its bounds, and whether a resumed run may change it."""
     bounds = {"at least": at_least, "at most": at_most, "above": above}
-    metadata = {"help": text, "unset": unset, "free": free, "bounds": bounds}
+    metadata = {"help": text, "unset": unset, "switch": switch, "free": free, "bounds": bounds}
     metadata["formerly"] = formerly
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -54,9 +55,15 @@ class Flag:
     default: Any
     help: str
     unset: str
+    switch: tuple[str, str] | None
     free: bool
     bounds: Mapping[str, float | None]
     formerly: str  # dotted; "" if it had no other
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it can stand alone on a command line, as `--name` and as `--no-name`."""
+        return self.kinds == (bool,) or self.switch is not None
 
     @property
     def option(self) -> str:
@@ -83,6 +90,8 @@ class Flag:
             if self.unset:
                 return None
             raise UsageError(f"{shown} must be {self.expects}; it cannot be empty")
+        if self.switch is not None and str(raw).lower() in TRUE + FALSE:
+            raw = self.switch[str(raw).lower() in TRUE]
         for kind in self.kinds:
             value = _as_kind(raw, kind)
             if value is not None:
@@ -173,7 +182,7 @@ def flags_of(cls: type[Any], prefix: str = "") -> Mapping[str, Flag]:
             kinds=(str,) if choices else tuple(p for p in parts if p is not types.NoneType),
             choices=choices,
             default=field.default,
-            **{key: field.metadata[key] for key in ("help", "unset", "free", "bounds")},
+            **{k: field.metadata[k] for k in ("help", "unset", "switch", "free", "bounds")},
         )
     return types.MappingProxyType(flags)
 

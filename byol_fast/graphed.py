@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,8 +26,18 @@ WARM_UP = 11
 
 
 def side_stream(device: torch.device) -> AbstractContextManager[object]:
-    """Where DistributedDataParallel has to be made for its reductions to be captured."""
-    return torch.cuda.stream(torch.cuda.Stream(device))
+    """Where DistributedDataParallel has to be made for its reductions to be captured.
+
+    It is the stream of the capture itself: DistributedDataParallel keeps the graph's ends
+    (AccumulateGrad), and those work on the stream they were made on.
+    """
+    return torch.cuda.stream(_stream(device.index or 0))
+
+
+@cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """The one of a device on which steps are warmed up and captured."""
+    return torch.cuda.Stream(index)
 
 
 def refusal(device: torch.device, *, accumulate: int, precision: str) -> str:
@@ -63,7 +74,7 @@ class GraphedStep:
         lr = torch.zeros((), device=device)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        self._side = torch.cuda.Stream(device)  # a graph is captured and warmed up on a side stream
+        self._side = _stream(device.index or 0)
         self._calls = 0
         self._views: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+import itertools
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from byol_fast.backbone import HiddenLayer, Stem, build_backbone, feature_dim
+from byol_fast.backbone import HiddenLayer, Norm, Stem, build_backbone, feature_dim
+from byol_fast.groupnorm import to_group_norm
 from byol_fast.loss import pair_loss
 from byol_fast.norm import Sync, ViewBatchNorm, set_sync
+from byol_fast.predictors import DirectPred
 
 __all__ = ["BYOL", "MLP", "Encoder", "Online", "StopGradient", "build_backbone", "feature_dim"]
 
 VIEWS = 2
+Predictor = tuple[int, int] | Literal["directpred", "none"]
 
 
 class MLP(nn.Sequential):
     """[N, in] to [N, out]: Linear with bias – BatchNorm – ReLU – Linear without bias.
 
     The authors' projector and predictor; torch's default initialisation.
+
+    depth: the number of Linear layers; all but the last are followed by BatchNorm and ReLU.
+    last_bias: whether the last of them has a bias.
     """
 
-    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
-        super().__init__(
-            nn.Linear(in_features, hidden),
-            ViewBatchNorm(hidden, eps=1e-5, momentum=0.1, views=VIEWS),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, out_features, bias=False),
-        )
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        *,
+        depth: int = 2,
+        last_bias: bool = False,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"depth is the number of Linear layers, at least 1; got {depth}")
+        widths = [in_features, *[hidden] * (depth - 1)]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers.append(nn.Linear(before, after))
+            layers.append(ViewBatchNorm(after, eps=1e-5, momentum=0.1, views=VIEWS))
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers, nn.Linear(widths[-1], out_features, bias=last_bias))
 
 
 class Encoder(nn.Module):
@@ -80,7 +98,9 @@ class BYOL(nn.Module):
 
     backbone, hidden_layer, image_size, stem: see `build_backbone`. A module given as backbone
         becomes the online backbone itself (its BatchNorm layers are replaced), and is trained.
-    projector, predictor: (hidden, out) sizes.
+    projector, predictor: (hidden, out) sizes. The predictor may also be "directpred", a linear one
+        that `update_predictor` sets from the projections (see `DirectPred`), or "none".
+    norm: "group-ws" has GroupNorm and weight standardisation for BatchNorm, in the heads too.
     bn_sync: share BatchNorm statistics over ranks, in both networks.
     momentum: False drops the target network for a stop-gradient (SimSiam); then there is no EMA.
 
@@ -99,24 +119,30 @@ class BYOL(nn.Module):
         image_size: int = 224,
         *,
         projector: tuple[int, int] = (4096, 256),
-        predictor: tuple[int, int] = (4096, 256),
+        predictor: Predictor = (4096, 256),
+        norm: Norm = "batch",
         stem: Stem = "imagenet",
         bn_sync: Sync = False,
         momentum: bool = True,
     ) -> None:
         super().__init__()
-        if projector[1] != predictor[1]:
-            raise ValueError(
-                f"projector and predictor must end in the same size, got {projector[1]} and "
-                f"{predictor[1]}: the prediction is compared with the projection"
-            )
         net = build_backbone(
-            backbone, stem=stem, hidden_layer=hidden_layer, image_size=image_size, views=VIEWS
+            backbone,
+            stem=stem,
+            hidden_layer=hidden_layer,
+            image_size=image_size,
+            views=VIEWS,
+            norm=norm,
         )
         self.feature_dim = feature_dim(net, image_size)
         like = next(net.parameters(), torch.empty(0))
-        encoder = Encoder(net, MLP(self.feature_dim, *projector).to(like.device, like.dtype))
-        self.online = Online(encoder, MLP(projector[1], *predictor).to(like.device, like.dtype))
+        heads: list[nn.Module] = [MLP(self.feature_dim, *projector)]
+        heads.append(_predictor(projector[1], predictor))
+        heads = [head.to(like.device, like.dtype) for head in heads]
+        if norm == "group-ws":
+            heads = [to_group_norm(head) for head in heads]
+        encoder = Encoder(net, heads[0])
+        self.online = Online(encoder, heads[1])
         self.target: Encoder | StopGradient = (
             copy.deepcopy(encoder).requires_grad_(False) if momentum else StopGradient(encoder)
         )
@@ -127,7 +153,8 @@ class BYOL(nn.Module):
             "hidden_layer": hidden_layer,
             "image_size": image_size,
             "projector": tuple(projector),
-            "predictor": tuple(predictor),
+            "predictor": predictor if isinstance(predictor, str) else tuple(predictor),
+            "norm": norm,
             "stem": stem,
             "bn_sync": bool(bn_sync),
             "momentum": momentum,
@@ -147,6 +174,11 @@ class BYOL(nn.Module):
         pairs = zip(online, self.target.parameters(), strict=True)
         return [mine for leader, mine in pairs if leader.requires_grad]
 
+    def update_predictor(self) -> None:
+        """After each optimizer step: sets a predictor that is not trained; nothing for an MLP."""
+        if isinstance(self.online.predictor, DirectPred):
+            self.online.predictor.update()
+
     def forward(self, x: Tensor) -> Tensor:  # [2, B, 3, S, S] -> scalar
         """The symmetric loss of two views: sum of both directions, mean over the batch."""
         if x.dim() != 5 or x.shape[0] != VIEWS:
@@ -156,3 +188,19 @@ class BYOL(nn.Module):
             projection = self.target(flat)
         prediction, _, _ = self.online(flat)
         return pair_loss(prediction, projection)
+
+
+def _predictor(dim: int, predictor: Predictor) -> nn.Module:
+    """From `dim` to `dim`."""
+    if predictor == "directpred":
+        return DirectPred(dim)
+    if predictor == "none":
+        return nn.Identity()
+    if isinstance(predictor, str):
+        raise ValueError(f"predictor is (hidden, out), directpred or none; got {predictor!r}")
+    if predictor[1] != dim:
+        raise ValueError(
+            f"projector and predictor must end in the same size, got {dim} and {predictor[1]}: "
+            "the prediction is compared with the projection"
+        )
+    return MLP(dim, *predictor)

@@ -105,7 +105,7 @@ class ViewBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         base: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        shared = ", sync=True" if self.sync else ""
+        shared = ", sync=True" if self.sync is True else ", sync=group" if self.sync else ""
         return f"{base}, views={self.views}{shared}"
 
     def _load_from_state_dict(

@@ -162,7 +162,7 @@ class _Formulas(Function):
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.group = group
         ctx.mark_non_differentiable(mean, var)
-        return out.to(x.dtype), mean, var
+        return _narrow(out, x.dtype), mean, var
 
     @staticmethod
     @once_differentiable
@@ -175,7 +175,7 @@ class _Formulas(Function):
         slope, shift = _over_ranks(sums, ctx.group) / -_values(x, views, ctx.group)
         scale = invstd if weight is None else invstd * weight
         dx = (wide + hat * _spread(slope, x) + _spread(shift, x)) * _spread(scale, x)
-        dx = dx.to(x.dtype).view(x.shape)
+        dx = _narrow(dx, x.dtype).view(x.shape)
         if weight is None:
             return dx, *[None] * 5
         dweight, dbias = sums.sum(1).to(weight.dtype)
@@ -231,7 +231,13 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # Not a `to` that changes nothing: after it, as a Function's last operation, torch 2.11 compiles
+    # a backward in which every gradient is 0.
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _split(x: Tensor, views: int) -> Tensor:

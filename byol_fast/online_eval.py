@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.evaluate import knn
-from byol_fast.evaluate.data import Subset, prepare
+from byol_fast.evaluate.data import prepare, spread
 from byol_fast.evaluate.features import Features, extract
 from byol_fast.probe import OnlineProbe
 from pipelines.spec import AugmentSpec
@@ -41,7 +41,7 @@ class OnlineEvaluation:
         threads: int | None = None,
     ) -> None:
         data = prepare(train, eval_store)
-        self.bank, self.queries = _some(data.train, MAX_BANK), _some(data.test, MAX_QUERIES)
+        self.bank, self.queries = spread(data.train, MAX_BANK), spread(data.test, MAX_QUERIES)
         self.classes, self.source = data.classes, data.source
         self.spec, self.device, self.threads = spec, device, threads
         self.k, self.temperature = min(k, len(self.bank)), temperature
@@ -95,13 +95,6 @@ class OnlineEvaluation:
                 device=self.device,
             )
         )
-
-
-def _some(store: Store, most: int) -> Store:
-    """At most `most` images, evenly spread over the store."""
-    if len(store) <= most:
-        return store
-    return Subset(store, np.linspace(0, len(store) - 1, most).astype(np.int64))
 
 
 def save_view_pairs(path: Path, x: Tensor, spec: AugmentSpec, most: int = 16) -> None:

@@ -9,6 +9,7 @@ A value set by hand always wins.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,12 +43,12 @@ COMMON: dict[str, Any] = {
     "image_size": 224,
     "input.semantics": "deepmind",
     "input.crop_area_min": 0.08,
-    "input.blur": True,
-    "input.flip": 0.5,
+    "input.views": "byol",
     "optim.warmup_epochs": 10,
     "optim.variant": "paper",
     "model.stem": "imagenet",
     "model.hidden_size": 4096,
+    "run.precision": "auto",
     "monitor.eval_every": 10,
     "monitor.log_every": 50,
 }
@@ -65,15 +66,16 @@ _CIFAR = Recipe(
         "backbone": "resnet18",
         "image_size": 32,
         "input.semantics": "torchvision",
-        "input.blur": False,
+        "input.views": "no-blur",
         "optim.variant": "sgd",
         "model.stem": "cifar",
         "model.hidden_size": 1024,
     },
 )
 
-# OpenMixup's lr 4.8 at batch 4096 for 400 (ImageNet-100) and 1000 epochs (STL-10).
-_OPENMIXUP = Row(base_lr=0.3, weight_decay=1e-6, target_decay=0.99)
+# lr 4.8 at batch 4096: mmpretrain's for 200 epochs; OpenMixup's for 200, 300, 400 (ImageNet-100)
+# and 1000 (STL-10).
+_LR_4_8 = Row(base_lr=0.3, weight_decay=1e-6, target_decay=0.99)
 
 RECIPES: dict[str, Recipe] = {
     "imagenet": Recipe(
@@ -86,16 +88,40 @@ RECIPES: dict[str, Recipe] = {
             1000: Row(base_lr=0.2, weight_decay=1.5e-6, target_decay=0.996),
         },
     ),
+    "mmpretrain": Recipe(
+        source="mmpretrain, byol_resnet50_16xb256-coslr-200e_in1k",
+        rows={200: _LR_4_8},
+        values={
+            "epochs": 200,
+            "input.semantics": "torchvision",
+            "optim.variant": "mmpretrain",
+        },
+    ),
+    "openmixup": Recipe(
+        source="OpenMixup, r50_8xb64_accu8_cos",
+        rows={
+            100: Row(base_lr=0.45, weight_decay=1e-6, target_decay=0.99),
+            200: _LR_4_8,
+            300: _LR_4_8,
+        },
+        values={
+            "epochs": 200,
+            "input.semantics": "torchvision",
+            "input.accumulate": 8,  # 8 GPUs × 64
+            "optim.variant": "mmpretrain",
+            "run.precision": "fp16",
+        },
+    ),
     "imagenet100": Recipe(
         source="OpenMixup's ImageNet-100 configuration",
-        rows={400: _OPENMIXUP},
+        rows={400: _LR_4_8},
         values={"epochs": 400, "backbone": "resnet18", "input.semantics": "torchvision"},
     ),
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
     "stl10": Recipe(
         source="OpenMixup's STL-10 configuration",
-        rows={1000: _OPENMIXUP},
+        rows={1000: _LR_4_8},
         values={"epochs": 1000, "image_size": 96, "input.semantics": "torchvision"},
     ),
     "quickstart": Recipe(
@@ -107,7 +133,7 @@ RECIPES: dict[str, Recipe] = {
             "backbone": "resnet18",
             "image_size": 32,
             "input.crop_area_min": 0.2,
-            "input.blur": False,
+            "input.views": "no-blur",
             "optim.warmup_epochs": 1,
             "optim.variant": "sgd",
             "model.hidden_size": 512,
@@ -168,8 +194,11 @@ class Resolved:
             f"{self.split.micro_batch} × {self.split.accumulate}",
             f"{self.total_steps} steps = {c.epochs} epochs × {self.samples} images // {batch}",
             f"{self.warmup_steps} warm-up steps = {self._warmup()}",
-            f"weight decay {self.weight_decay:g}, EMA decay {self.target_decay:g} → 1",
+            f"weight decay {self.weight_decay:g}, "
+            + (f"EMA decay {self.target_decay:g} → 1" if c.model.momentum else "no moving average"),
         ]
+        if c.model.method != "byol":
+            lines.append(f"not as in the paper: {c.model.method} (--model.method)")
         if self.stop_after < self.total_steps:
             lines.append(f"stops after step {self.stop_after} of {self.total_steps}")
         if change := self.split.change(self.before):
@@ -211,7 +240,8 @@ def resolve(
         batch,
         world_size,
         asked=filled.input.accumulate,
-        bn_sync=filled.model.bn_sync,
+        together=_together(filled, world_size),
+        batch_norm=filled.model.norm == "batch",
         before=before,
     )
     if batch > samples:
@@ -241,3 +271,9 @@ def resolve(
 def _steps(epochs: int, samples: int, batch: int) -> int:
     """As the authors count and as `pipelines.plan.total_steps`, which this must equal."""
     return epochs * samples // batch
+
+
+def _together(config: Config, ranks: int) -> int:
+    """Ranks whose BatchNorm statistics are taken together."""
+    of_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))  # torchrun sets it
+    return {"none": 1, "group": of_a_node, "world": ranks}[config.model.bn_sync]

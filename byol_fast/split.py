@@ -72,14 +72,16 @@ def share_out(
     ranks: int,
     *,
     asked: int | None = None,
-    bn_sync: bool = True,
+    together: int | None = None,
+    batch_norm: bool = True,
     before: Split | None = None,
 ) -> Split:
     """Share a global batch out over the ranks.
 
     Args:
         asked: micro-batches on each rank; None leaves it open.
-        bn_sync: whether BatchNorm's statistics are over all ranks.
+        together: ranks whose BatchNorm statistics are taken together; None for all.
+        batch_norm: whether there is a BatchNorm, which needs two images.
         before: the split of the session that is resumed. Unless `asked` has changed since, its
             micro-batch is what the new one may not exceed.
 
@@ -99,8 +101,8 @@ def share_out(
         each, largest = batch // ranks, before.largest
         accumulate = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= largest)
     micro_batch = batch // (ranks * accumulate)
-    bn_batch = micro_batch * (ranks if bn_sync else 1)
-    if bn_batch < 2:
+    bn_batch = micro_batch * (ranks if together is None else together)
+    if batch_norm and bn_batch < 2:
         raise ValueError(
             f"batch_size {batch} leaves BatchNorm one image for its statistics on {ranks} ranks × "
             f"{accumulate} micro-batches: use --batch-size {2 * ranks * accumulate} or more"

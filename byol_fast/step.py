@@ -71,6 +71,7 @@ def train_step(
         ema_(*pairs, decay, finite=finite)
     else:
         optimizer.step_and_average(*pairs, decay, finite=finite)
+    model.update_predictor()  # DirectPred sets its weights now; nothing to do for an MLP
     if guard is not None and finite is not None:
         guard.end(finite)
     return StepOutput(total, projection, representation, norm)

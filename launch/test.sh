@@ -9,9 +9,9 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$ROOT"
 
-extras=dev
-[[ $(uname -sm) == "Linux x86_64" ]] && extras=dev,dali
-prepare_environment "$extras" 7
+extras=dev,peers
+[[ $(uname -sm) == "Linux x86_64" ]] && extras=dev,peers,dali
+prepare_environment "$extras" 8
 
 if [[ $PY == "$VENV"/* ]]; then
     PYTHON=$PY bash launch/install_ffcv.sh || say "FFCV is not installed: its tests are skipped"
@@ -33,7 +33,12 @@ check lint "$PY" -m ruff check .
 check format "$PY" -m ruff format --check .
 check types "$PY" -m mypy
 check vulnerabilities "$PY" launch/audit.py # skipped by name where it cannot look
-check tests "$PY" -m pytest -q -ra --no-fold-skipped --junitxml="$results" "$@"
+# Two workers of one thread each take half the time of one that has both cores; a file stays together.
+workers=$(nproc)
+((workers <= 4)) || workers=4
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+check tests "$PY" -m pytest -q -ra --no-fold-skipped -n "$workers" --dist loadfile \
+    --junitxml="$results" "$@"
 
 if ((${#failed[@]})); then
     say "failed: ${failed[*]}"

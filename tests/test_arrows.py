@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p for package in ("byol_fast", "pipelines") for p in (ROOT / package).rglob("*.py"))
 METHOD = [
     *("model", "step", "optim", "norm", "loss", "schedules", "compiled", "graphed"),
-    *("lars_updates", "fused_update", "apex_update"),
+    *("lars_updates", "fused_update", "apex_update", "predictors", "groupnorm", "backbone"),
 ]
-LIGHT = ["config", "recipes", "cli", "flags", "arguments", "errors", "_version"]
+LIGHT = ["config", "recipes", "split", "cli", "flags", "arguments", "errors", "_version"]
 
 # Packages that an installation may lack, and the files that exist to use them.
-OPTIONAL = {"nvidia", "ffcv", "numba", "llvmlite", "apex", "wandb", "triton"}
+OPTIONAL = {"nvidia", "ffcv", "numba", "llvmlite", "apex", "wandb", "triton", "sklearn", "joblib"}
 BACKENDS = {
     f"pipelines/sources/{module}.py"
     for module in ("dali_source", "dali_graph", "ffcv_source", "ffcv_kernel", "ffcv_library")

@@ -89,9 +89,9 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert "Apache-2.0" in (metadata["License-Expression"] or metadata["License"])
     requirements = metadata.get_all("Requires-Dist")
     assert requirements is not None and "torch>=2.10" in requirements
-    assert {"dali", "dali-cuda12", "ffcv", "wandb", "quickstart", "dev"} == set(
-        metadata.get_all("Provides-Extra") or []
-    )
+    assert {
+        *("dali", "dali-cuda12", "evaluate", "ffcv", "onnx", "wandb", "quickstart", "dev", "peers")
+    } == set(metadata.get_all("Provides-Extra") or [])
     points = wheel.read(info.replace("METADATA", "entry_points.txt")).decode()
     assert "byol-fast = byol_fast.cli:main" in points
     assert any(name.endswith("LICENSE") for name in wheel.namelist())
@@ -162,7 +162,8 @@ def test_lock_meets_setup() -> None:
     requirements = pytest.importorskip("packaging.requirements")
     locked = pins("requirements.lock")
     extras = setup_value("EXTRAS")
-    wanted = [*setup_value("INSTALL"), *extras["dev"], *extras["dali"], *extras["quickstart"]]
+    named = ("dev", "peers", "dali", "quickstart", "evaluate", "onnx")
+    wanted = [*setup_value("INSTALL"), *(line for name in named for line in extras[name])]
     for line in wanted:
         requirement = requirements.Requirement(line)
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()

@@ -12,13 +12,23 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from byol_fast.errors import CheckpointError, Exit
+from byol_fast.errors import CheckpointError, Diverged, Exit, Preempted
 from byol_fast.flags import nearest
 from pipelines.errors import DataError, MissingBackend
 
 TASKS = {  # name -> what it does; the module in `commands/` has the same name
     "knn": "weighted k nearest neighbours, nothing is trained",
     "linear": "a linear classifier on the frozen network",
+    "svm": "linear SVMs, one a class (VOC07, or any labelled images)",
+    "lowshot": "the same from few images of each class",
+    "transfer": "logistic regression, its penalty chosen on validation images",
+    "mhead": "linear classifiers on the stem and the four stages of a ResNet",
+    "semi": "fine-tuning with 1% or 10% of the labels",
+    "finetune": "fine-tuning the whole network on another labelled set",
+    "detect": "a detector fine-tuned from the network: VOC07+12, COCO",
+    "segment": "a segmenter fine-tuned from the network: VOC12, Cityscapes",
+    "predict": "class and score of images, by a classifier that linear or transfer saved",
+    "embed": "features of a folder of images as .npy",
     "table": "results that were written before, as one table",
 }
 PROGRAM = "python -m byol_fast.evaluate"
@@ -47,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(Exit.DATA, error)
     except CheckpointError as error:
         return _failed(Exit.NO_CHECKPOINT, error)
+    except Diverged as error:
+        return _failed(Exit.DIVERGED, error)
+    except Preempted as error:
+        return _failed(Exit.PREEMPTED, error)
     except (ValueError, MissingBackend, OSError) as error:
         return _failed(Exit.USAGE, error)
     return Exit.DONE

@@ -130,6 +130,13 @@ def stratified_split(store: Store, share: float = 0.2) -> tuple[Ids, Ids]:
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
+def spread(store: Store, most: int) -> Store:
+    """At most `most` images, evenly spread over the store."""
+    if len(store) <= most:
+        return store
+    return Subset(store, np.linspace(0, len(store) - 1, most).astype(np.int64))
+
+
 def _hash(name: str, class_name: str) -> int:
     """Of the class and the path below its folder, so that it matters not where the data lies."""
     head, _, tail = name.replace("\\", "/").rpartition(f"/{class_name}/")

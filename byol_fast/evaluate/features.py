@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from pipelines.augment import reference
+from pipelines.crops import Windows
 from pipelines.errors import DataError
 from pipelines.pipeline import open_source
 from pipelines.plan import Rows, centre_windows
@@ -21,6 +24,8 @@ from pipelines.spec import AugmentSpec, Colour
 from pipelines.stores import Store
 
 log = logging.getLogger(__name__)
+
+Crop: TypeAlias = Literal["centre", "square", "whole"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,16 @@ class Features:
     ids: Tensor  # [n] int64: rows of the store
     bad: dict[int, str] = field(default_factory=dict)  # row -> reason, images left out
     seconds: float = 0.0  # wall time of reading, decoding and the network
+    stored: int = 0  # rows whose features were not computed now: they came from a cache
+
+    @property
+    def computed(self) -> int:
+        """Images that went through the network in `seconds`."""
+        return len(self.ids) + len(self.bad) - self.stored
 
     @property
     def images_per_second(self) -> float:
-        return len(self.ids) / self.seconds if self.seconds else 0.0
+        return self.computed / self.seconds if self.seconds else 0.0
 
 
 def extract(
@@ -48,10 +59,11 @@ def extract(
     batch_size: int = 256,
     threads: int | None = None,
     backend: str = "auto",
+    crop: Crop = "centre",
     progress: bool = False,
     label: str = "features",
 ) -> Features:
-    """Features of every image of `store`: the authors' centre crop, normalised as in `spec`.
+    """Features of every image of `store`: one crop each, normalised as in `spec`.
 
     The network runs in eval mode and is given back in the mode it came in; on a GPU under bf16
     autocast, on a CPU in fp32.
@@ -60,35 +72,101 @@ def extract(
         backbone: images `[B, 3, S, S]` (channels_last) to features `[B, F]`; moved to `device`.
         image_size: S in pixels, whatever `spec` says.
         spec: read for mean and std alone; the ImageNet statistics by default.
+        crop: what of an image is shown; see `windows`.
         progress: show images done and the time left on stderr.
 
     Raises:
         ValueError: the network gives something other than `[B, F]`, or non-finite numbers.
         DataError: no image could be decoded.
     """
+    started = time.perf_counter()
+    features, bad = torch.empty(0), dict[int, str]()
+    for rows, batch, wrong in stream(
+        backbone,
+        store,
+        image_size=image_size,
+        spec=spec,
+        device=device,
+        batch_size=batch_size,
+        threads=threads,
+        backend=backend,
+        crop=crop,
+        progress=progress,
+        label=label,
+    ):
+        if not len(features):
+            features = torch.empty(len(store), batch.shape[1])
+        features[rows.start : rows.stop] = batch
+        bad.update(wrong)
+    return complete(features, store, bad, time.perf_counter() - started)
+
+
+def stream(
+    backbone: nn.Module,
+    store: Store,
+    *,
+    image_size: int,
+    spec: AugmentSpec | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    threads: int | None = None,
+    backend: str = "auto",
+    crop: Crop = "centre",
+    start: int = 0,
+    progress: bool = False,
+    label: str = "features",
+) -> Iterator[tuple[range, Tensor, dict[int, str]]]:
+    """`extract` batch by batch, from row `start` on: rows, features `[b, F]` float32 on the CPU,
+    and the reasons of those rows that could not be decoded (their features mean nothing)."""
     device = torch.device(device)
     spec = replace(spec or AugmentSpec(), image_size=image_size)
     backbone = backbone.to(device)
-    features: Tensor | None = None
-    started = time.perf_counter()
     source = open_source(store, image_size, device, backend=backend, threads=threads)
+    meter = Progress(label, len(store) - start, enabled=progress)
     try:
-        with evaluating(backbone), Progress(label, len(store), enabled=progress) as meter:
-            done = 0
-            for crops in source.crops(_centre_rows(store, batch_size)):
+        with evaluating(backbone), meter:
+            for crops in source.crops(_rows(store, batch_size, crop, start)):
                 with inference(device):
                     batch = backbone(reference.normalise(crops, spec)[0])
-                _check(batch, crops.shape[1])
-                if features is None:
-                    features = torch.empty(len(store), batch.shape[1])
-                features[done : done + len(batch)] = batch.float().cpu()
-                done += len(batch)
-                meter.advance(len(batch))
-        bad = dict(source.bad)
+                rows = range(start, start + crops.shape[1])
+                start = rows.stop
+                bad = source.bad
+                wrong = {row: bad[row] for row in rows if row in bad}
+                _check(batch, len(rows))
+                yield rows, batch.float().cpu(), wrong
+                meter.advance(len(rows))
     finally:
         source.close()
-    seconds = time.perf_counter() - started
-    return _without_bad(features, store, bad, seconds)
+
+
+def complete(features: Tensor, store: Store, bad: dict[int, str], seconds: float) -> Features:
+    """Features of all rows of `store` as `Features`, without the rows that are `bad`.
+
+    Raises:
+        DataError: that leaves none.
+    """
+    kept = np.setdiff1d(np.arange(len(store)), np.fromiter(bad, dtype=np.int64, count=len(bad)))
+    if not len(kept):
+        reason = f": {next(iter(bad.values()))}" if bad else ""
+        raise DataError(f"none of the {len(store)} images could be decoded{reason}")
+    ids = torch.from_numpy(kept)
+    if bad:
+        log.warning("%d images could not be decoded and are left out of the evaluation", len(bad))
+        features = features[ids]
+    labels = torch.as_tensor(np.asarray(store.labels)[kept], dtype=torch.int64)
+    return Features(features, labels, ids, bad, seconds)
+
+
+def windows(sizes: npt.ArrayLike, crop: Crop) -> Windows:
+    """What each image shows, `[n, 1, 4]` (top, left, height, width), before it is resized to S².
+
+    `centre` is the authors' evaluation crop (a centred square of .875 of the short side), `square`
+    the centred square of the whole short side, `whole` the image itself, whatever its shape.
+    """
+    if crop != "whole":
+        return centre_windows(sizes, 0.875 if crop == "centre" else 1.0)
+    sizes = np.asarray(sizes, dtype=np.int32)
+    return np.concatenate([np.zeros_like(sizes), sizes], axis=1)[:, None]
 
 
 @contextmanager
@@ -111,12 +189,12 @@ def inference(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _centre_rows(store: Store, batch_size: int) -> Iterator[Rows]:
-    """The whole store in order, one view each; no colours, as nothing is coloured."""
-    for start in range(0, len(store), batch_size):
-        ids = np.arange(start, min(start + batch_size, len(store)), dtype=np.int64)
+def _rows(store: Store, batch_size: int, crop: Crop, start: int) -> Iterator[Rows]:
+    """The store in order, one view each; no colours, as nothing is coloured."""
+    for first in range(start, len(store), batch_size):
+        ids = np.arange(first, min(first + batch_size, len(store)), dtype=np.int64)
         colours = np.zeros((len(ids), 1, len(Colour)), dtype=np.float32)
-        yield Rows(ids, centre_windows(store.sizes[ids]), colours)
+        yield Rows(ids, windows(store.sizes[ids], crop), colours)
 
 
 def _check(batch: Tensor, images: int) -> None:
@@ -130,18 +208,3 @@ def _check(batch: Tensor, images: int) -> None:
             "the backbone gave NaN or infinite features: the weights are broken, or the run "
             "diverged; evaluate an earlier checkpoint"
         )
-
-
-def _without_bad(
-    features: Tensor | None, store: Store, bad: dict[int, str], seconds: float
-) -> Features:
-    kept = np.setdiff1d(np.arange(len(store)), np.fromiter(bad, dtype=np.int64, count=len(bad)))
-    if features is None or not len(kept):
-        reason = f": {next(iter(bad.values()))}" if bad else ""
-        raise DataError(f"none of the {len(store)} images could be decoded{reason}")
-    ids = torch.from_numpy(kept)
-    if bad:
-        log.warning("%d images could not be decoded and are left out of the evaluation", len(bad))
-        features = features[ids]
-    labels = torch.as_tensor(np.asarray(store.labels)[kept], dtype=torch.int64)
-    return Features(features, labels, ids, bad, seconds)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byol_fast.errors import CheckpointError
 from byol_fast.evaluate.features import Features
 from byol_fast.evaluate.protocols import Protocol
 from byol_fast.export import write_atomically
@@ -49,6 +52,23 @@ class HeadTrainer:
         self._optimizer.step()
         self._losses.append(loss.detach())
         self._step += 1
+
+    def state(self, last: int) -> dict[str, Any]:
+        """What goes on from here: weights, optimizer, step, and the newest `last` losses."""
+        losses = self._losses[-max(1, last) :]
+        return {
+            "head": self.head.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "done": self._step,
+            "losses": torch.stack(losses) if losses else torch.empty(0),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.head.load_state_dict(state["head"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._step = state["done"]
+        self._losses = list(state["losses"].to(self.head.weight.device))
 
     def mean_loss(self, last: int) -> float:
         return torch.stack(self._losses[-max(1, last) :]).mean().item() if self._losses else 0.0
@@ -96,13 +116,47 @@ def _optimizer(head: nn.Linear, protocol: Protocol) -> torch.optim.Optimizer:
     )
 
 
-def save(head: nn.Linear, path: Path, *, classes: tuple[str, ...]) -> None:
+def save(
+    head: nn.Linear,
+    path: Path,
+    *,
+    classes: tuple[str, ...],
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Write `weight` [classes, F] and `bias` as safetensors, with the class names as JSON.
+
+    Args:
+        about: what else should be known of the head, JSON values: which weights it is for.
 
     Raises:
         OSError: the disk is full or read-only.
     """
     tensors = {key: value.detach().contiguous() for key, value in head.state_dict().items()}
-    metadata = {"format": "pt", "classes": json.dumps(classes)}
+    metadata = {"format": "pt", "classes": json.dumps(classes), "about": json.dumps(about or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda p: safetensors.torch.save_file(tensors, p, metadata=metadata))
+
+
+def load(path: Path | str) -> tuple[nn.Linear, tuple[str, ...], dict[str, Any]]:
+    """A head that `save` wrote: the layer, its class names, and what else was said of it.
+
+    Raises:
+        CheckpointError: it is not there, damaged, or something else.
+    """
+    path = Path(path).expanduser()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in ("weight", "bias")}
+            metadata = file.metadata() or {}
+        classes = tuple(str(name) for name in json.loads(metadata["classes"]))
+        about = dict(json.loads(metadata.get("about", "{}")))
+        if tensors["bias"].shape != (len(classes),) or len(tensors["weight"]) != len(classes):
+            raise ValueError(f"{len(classes)} class names for {len(tensors['weight'])} rows")
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no classifier that can be read ({error}): name the .head.safetensors that "
+            "linear evaluation wrote"
+        ) from error
+    head = nn.Linear(tensors["weight"].shape[1], len(classes))
+    head.load_state_dict(tensors)
+    return head, classes, about

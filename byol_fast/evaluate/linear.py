@@ -16,20 +16,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from byol_fast.evaluate.cache import FeatureCache
 from byol_fast.evaluate.features import Features, evaluating, extract, inference
 from byol_fast.evaluate.head import HeadTrainer, batches, top_k
 from byol_fast.evaluate.protocols import MMPRETRAIN, PAPER, QUICK, Protocol
+from byol_fast.evaluate.recipes import CROP_AND_FLIP
+from byol_fast.evaluate.resume import Resume
 from pipelines.augment import choose
 from pipelines.pipeline import open_source
 from pipelines.plan import Rows, RowStream, total_steps
 from pipelines.progress import Progress
-from pipelines.spec import AugmentSpec, ViewSpec
+from pipelines.spec import AugmentSpec
 from pipelines.stores import Store
 
 __all__ = ["MMPRETRAIN", "PAPER", "QUICK", "LinearResult", "Protocol", "fit", "fit_features"]
-
-# The pretraining crop and flip, and nothing else.
-CROP_AND_FLIP = ViewSpec(jitter=0.0, grey=0.0, blur=0.0, solarize=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,8 @@ def fit(
     backend: str = "auto",
     seed: int = 0,
     progress: bool = False,
+    cache: FeatureCache | None = None,
+    resume: Resume | None = None,
 ) -> LinearResult:
     """Train a classifier on the frozen `backbone` and test it.
 
@@ -67,6 +69,8 @@ def fit(
         train: labelled images; `test` has labels of the same numbering (see `data.prepare`).
         spec: read for mean and std; the ImageNet statistics by default.
         seed: of the order, the crops and the classifier's first weights.
+        cache: keeps features of centre crops, which the test and the quick check are made of.
+        resume: where an interrupted training is kept, and goes on from.
 
     Raises:
         ValueError: no labels, features that are not `[B, F]`, or a loss that is not finite.
@@ -74,7 +78,7 @@ def fit(
     """
     spec, device = replace(spec or AugmentSpec(), image_size=image_size), torch.device(device)
     features = partial(
-        extract,
+        extract if cache is None else cache.extract,
         backbone,
         image_size=image_size,
         spec=spec,
@@ -92,8 +96,7 @@ def fit(
         return fit_features(
             bank, queries, classes=classes, protocol=protocol, device=device, seed=seed
         )
-    started = time.perf_counter()
-    head, loss = _train_on_images(
+    head, loss, rate = _train_on_images(
         backbone,
         train,
         classes=classes,
@@ -104,9 +107,8 @@ def fit(
         threads=threads,
         backend=backend,
         progress=progress,
+        resume=resume,
     )
-    seen = total_steps(protocol.epochs, len(train), protocol.batch_size) * protocol.batch_size
-    rate = seen / (time.perf_counter() - started)
     return _result(protocol, head, features(test, label="test features"), rate, loss)
 
 
@@ -142,7 +144,7 @@ def fit_features(
     with torch.no_grad():
         head.weight.div_(std)
         head.bias.sub_(head.weight @ mean)
-    images, seconds = len(train.ids) + len(test.ids), train.seconds + test.seconds
+    images, seconds = train.computed + test.computed, train.seconds + test.seconds
     loss = trainer.mean_loss(total // protocol.epochs)
     return _result(protocol, head, test, images / seconds if seconds else 0.0, loss)
 
@@ -159,38 +161,51 @@ def _train_on_images(
     threads: int | None,
     backend: str,
     progress: bool,
-) -> tuple[nn.Linear, float]:
-    """The head after `protocol.epochs`, and its mean training loss over the last epoch."""
+    resume: Resume | None,
+) -> tuple[nn.Linear, float, float]:
+    """The head after `protocol.epochs`, its mean training loss over the last epoch, images/s."""
     spec = replace(spec, views=(CROP_AND_FLIP, CROP_AND_FLIP), semantics=protocol.semantics)
     stream = RowStream(spec, seed=seed, sizes=train.sizes, batch_size=protocol.batch_size)
     total = total_steps(protocol.epochs, len(train), protocol.batch_size)
+    an_epoch = total // protocol.epochs
     labels = torch.as_tensor(train.labels, dtype=torch.int64)
     backbone, augment = backbone.to(device), choose(spec, device)
+    make = partial(
+        HeadTrainer, classes=classes, protocol=protocol, total=total, device=device, seed=seed
+    )
+    trainer: HeadTrainer | None = None
+    start = 0
+    if resume is not None and (state := resume.load()) is not None:
+        trainer, start = make(state["head"]["weight"].shape[1]), state["done"]
+        trainer.load(state)
+    began = time.perf_counter()
     source = open_source(train, spec.image_size, device, backend=backend, threads=threads)
-    meter = Progress("linear training", total * protocol.batch_size, enabled=progress)
+    todo = (total - start) * protocol.batch_size
+    meter = Progress("linear training", todo, enabled=progress)
     pending: deque[Rows] = deque()
 
     def feed() -> Iterator[Rows]:
-        for step in range(total):
+        for step in range(start, total):
             pending.append(_one_view(stream.rows(step)))
             yield pending[-1]
 
-    trainer: HeadTrainer | None = None
     try:
         with evaluating(backbone), meter:
-            for crops in source.crops(feed()):
+            for step, crops in enumerate(source.crops(feed()), start + 1):
                 rows = pending.popleft()
                 x = augment(crops, torch.from_numpy(rows.colours))[0]
                 with inference(device):
                     features = backbone(x)
-                if trainer is None:
-                    trainer = HeadTrainer(features.shape[1], classes, protocol, total, device, seed)
+                trainer = trainer or make(features.shape[1])
                 trainer.step(features, labels[rows.ids].to(device, non_blocking=True))
+                if resume is not None:
+                    resume.save(step, partial(trainer.state, an_epoch), always=step == total)
                 meter.advance(len(rows))
     finally:
         source.close()
     assert trainer is not None  # RowStream refuses a batch larger than the data
-    return trainer.finish(), trainer.mean_loss(total // protocol.epochs)
+    rate = todo / (time.perf_counter() - began)
+    return trainer.finish(), trainer.mean_loss(an_epoch), rate
 
 
 def _one_view(rows: Rows) -> Rows:

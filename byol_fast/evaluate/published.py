@@ -56,6 +56,24 @@ LOW_SHOT = {  # images a class -> figure
         **{64: 83.56, 96: 84.73},
     }.items()
 }
+# Logistic regression on frozen features; the metric is each data set's own.
+TRANSFER = {
+    name: Published(value, 1000, "BYOL paper, table 3", metric, on)
+    for name, (value, metric, on) in {
+        "food101": (75.3, "top-1", "Food-101"),
+        "cifar10": (91.3, "top-1", "CIFAR-10"),
+        "cifar100": (78.4, "top-1", "CIFAR-100"),
+        "birdsnap": (57.2, "top-1", "Birdsnap"),
+        "sun397": (62.2, "top-1", "SUN397"),
+        "cars": (67.8, "top-1", "Cars"),
+        "aircraft": (60.6, "per class", "Aircraft"),
+        "voc2007": (82.5, "mAP11", "VOC2007"),
+        "dtd": (75.5, "top-1", "DTD"),
+        "pets": (90.4, "per class", "Pets"),
+        "caltech101": (94.2, "per class", "Caltech-101"),
+        "flowers": (96.1, "per class", "Flowers"),
+    }.items()
+}
 SEMI = {  # share of the labels -> figure
     0.01: Published(53.2, 1000, "BYOL paper, table 2"),
     0.10: Published(68.8, 1000, "BYOL paper, table 2"),
@@ -70,3 +88,22 @@ COCO_MASK = tuple(
     for value, metric in ((36.8, "mask AP"), (58.1, "mask AP50"), (39.5, "mask AP75"))
 )
 VOC_SEGMENTATION = _openmixup(67.16, "mIoU", "VOC12 val")
+
+
+def _fine_tuned(value: float, on: str, metric: str = "top-1") -> Published:
+    return Published(value, 1000, "BYOL paper, table 3", metric, on)
+
+
+FINETUNE = {  # the data set's name on the command line -> figure
+    "food101": _fine_tuned(88.5, "Food-101"),
+    "cifar10": _fine_tuned(97.8, "CIFAR-10"),
+    "cifar100": _fine_tuned(86.1, "CIFAR-100"),
+    "birdsnap": _fine_tuned(76.3, "Birdsnap"),
+    "sun397": _fine_tuned(63.7, "SUN397"),
+    "cars": _fine_tuned(91.6, "Stanford Cars"),
+    "aircraft": _fine_tuned(88.1, "FGVC Aircraft", "mean per class"),
+    "dtd": _fine_tuned(76.2, "DTD"),
+    "pets": _fine_tuned(91.7, "Oxford-IIIT Pets", "mean per class"),
+    "caltech101": _fine_tuned(93.8, "Caltech-101", "mean per class"),
+    "flowers": _fine_tuned(97.0, "Oxford 102 Flowers", "mean per class"),
+}

@@ -65,6 +65,17 @@ def about(args: argparse.Namespace, network: Network) -> dict[str, Any]:
     }
 
 
+def head_of(network: Network, crop: str) -> dict[str, Any]:
+    """What a saved classifier says of itself: the network it is for, and what it was shown."""
+    weights = network.weights
+    return {
+        "weights_sha256": weights.sha256,
+        "weights_file": weights.file.name,
+        "image_size": network.image_size,
+        "crop": crop,
+    }
+
+
 def write(where: Path, result: dict[str, Any]) -> None:
     """The file at once or not at all."""
     from byol_fast.checkpoint import write_text

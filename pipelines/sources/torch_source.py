@@ -45,6 +45,8 @@ def _as_tensor(image: npt.NDArray[np.uint8]) -> Tensor:
     """`[H, W, 3]` as `[1, 3, H, W]`, in the same memory if torch can use it."""
     if not image.flags.writeable or min(image.strides) < 0:
         image = image.copy()  # torch takes only writable arrays, in ascending order
+    if image.strides[2] != 1:  # planes: torch fails on a window that is the whole of them
+        image = np.ascontiguousarray(image)
     return torch.from_numpy(image).permute(2, 0, 1)[None]
 
 

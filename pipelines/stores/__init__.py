@@ -15,8 +15,8 @@ ArrayData: TypeAlias = Images | tuple[Images, npt.ArrayLike | None]  # images, o
 
 MOST_CLASSES = 1_000_000  # a larger number is taken to count something else
 MEND = (
-    "name a folder of images, a .beton file, tar shards, an .npz or .npy file of uint8 images, or "
-    "synthetic:N"
+    "name a folder of images, a .beton file, tar shards, a list of images (.txt, .csv, .json), an "
+    ".npz or .npy file of uint8 images, or synthetic:N"
 )
 
 
@@ -72,6 +72,7 @@ class Store(Protocol):
 def open_store(
     data: str | Path | ArrayData,
     *,
+    root: str | Path | None = None,
     verify: bool = True,
     workers: int | None = None,
     progress: bool = True,
@@ -83,7 +84,9 @@ def open_store(
         data: a folder of images or tar shards (a folder of them, one, or a pattern such as
             `train-{000..012}.tar`), both indexed on first use; a `.beton` file; an `.npz` file
             (`images`, and optionally `labels` and `classes`), an `.npy` file, `synthetic:N`, uint8
-            arrays `[N, H, W, 3]` or `[N, H, W]`, or a pair (images, labels).
+            arrays `[N, H, W, 3]` or `[N, H, W]`, or a pair (images, labels); or a list of images,
+            `path label` lines in a `.txt` or `.csv` file or iNaturalist's `.json`.
+        root: the folder that a list's paths lie below; by default the list's own.
         verify: decode every image strictly when a folder or shards are indexed; otherwise only
             headers are read, and a broken image shows itself while training. What
             `pipelines.convert` wrote was verified then, and its `--check` does it for any `.beton`.
@@ -128,6 +131,19 @@ def open_store(
         from pipelines.stores.arrays import load_arrays
 
         return load_arrays(path)
+    from pipelines.stores.listfile import SUFFIXES
+
+    if path.suffix in SUFFIXES and path.is_file():
+        from pipelines.stores.listed import ListStore
+
+        return ListStore.open(
+            path,
+            None if root is None else Path(root).expanduser(),
+            verify=verify,
+            workers=workers,
+            progress=progress,
+            max_bad_share=max_bad_share,
+        )
     if path.exists():
         raise DataError(f"{path} is not a data set this version reads: {MEND}")
     raise DataError(f"{path} does not exist: check the path, or {MEND}")

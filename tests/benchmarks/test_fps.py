@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -10,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablation, fps, hardware, peers, stepping
+from benchmarks import ablation, fps, hardware, optimizers, peer_updates, peers, stepping
 from benchmarks.stepping import StepSettings
 from byol_fast.distributed import World
+from byol_fast.model import BYOL
+from byol_fast.optim import LARS, param_groups
 
 TINY = ["--device", "cpu", "--batch-size", "2", "--steps", "2"]
 CPU = World(0, 1, torch.device("cpu"))
@@ -21,13 +26,15 @@ SMALL = StepSettings("resnet18", 32, 2, precision="fp32", engine="eager")
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Every mode without peers, run once."""
+    """Every mode without peers, run once; `text` is what stood on the terminal."""
     folder = tmp_path_factory.mktemp("fps")
-    modes = ["step", "loader", "e2e", "linear-eval", "optim"]
+    modes = ["--mode", "step", "loader", "e2e", "linear-eval", "optim"]
     files = ["--json", str(folder / "fps.json"), "--chart", str(folder / "fps.svg")]
-    assert fps.main([*TINY, "--target-fps", "0.001", "--mode", *modes, *files]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        done = fps.main([*TINY, "--target-fps", "0.001", "--project", "8", *modes, *files])
+    assert done == 0
     ElementTree.parse(folder / "fps.svg")
-    return json.loads((folder / "fps.json").read_text())
+    return {**json.loads((folder / "fps.json").read_text()), "text": text.getvalue()}
 
 
 def test_every_mode_leaves_a_rate_and_its_spread(result: dict) -> None:
@@ -38,16 +45,70 @@ def test_every_mode_leaves_a_rate_and_its_spread(result: dict) -> None:
         assert row["n"] == 2
     assert result["modes"]["step"]["loss_is_finite"]
     assert result["modes"]["e2e"]["bad"] == 0
-    assert set(result["modes"]["optim"]) == {"reference", "foreach", "fused", "apex"}
+    optim = result["modes"]["optim"]
+    assert set(optim) == {*optimizers.OURS, *peer_updates.PEERS}
+    assert optim["foreach"]["over_foreach"] == [1.0, 1.0, 1.0]
+    assert optim["foreach"]["host_waits"] == 0 < optim["solo-learn's loops"]["host_waits"]
     assert result["command"].startswith("python benchmarks/fps.py")
+
+
+def test_the_table_has_what_is_promised(result: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    row = result["modes"]["step"]
+    assert row["host_waits"] == 0
+    assert 0 < row["flop_share"] < 2 and row["byte_share_estimate"] > 0
+    assert row["kept_mb_per_image_counted"] > 0
+    assert row["forwards_per_second"] == pytest.approx(8 * row["images_per_second"], rel=1e-3)
+    assert 0 <= result["modes"]["e2e"]["wait_share"] <= 1
+    on_any_device = (
+        "images/s per GPU",
+        "in all",
+        "ms a step",
+        "waiting for data",
+        "waits of the host a step",
+        "of a matrix product's FLOP/s",
+        "of a copy's bytes/s",
+        "forwards/s",
+        "kept for backward",
+        "Prediction, not a measurement",
+        *result["verdict"],
+        result["bottleneck"],
+    )
+    assert [words for words in on_any_device if words not in result["text"]] == []
+    gpu = {"launches": 412, "peak_gb": 61.5, "mb_per_image": 90.25, "activation_mb_per_image": 81.5}
+    fps.show_mode("step", {**row, **gpu, "host_waits": 0, "compile_seconds": 58.0})
+    text = capsys.readouterr().out
+    for words in (
+        "412 launches a step",
+        "0 waits of the host",
+        "61.5 GiB at most",
+        "90.25 MiB an image",
+        "81.5 MiB of activations an image",
+        "58 s to compile",
+    ):
+        assert words in text
 
 
 def test_the_verdict_names_each_mode_and_the_target(result: dict) -> None:
     assert "0 images/s per GPU" in result["verdict"][0]
-    assert [line.partition(":")[0] for line in result["verdict"][1:]] == [
-        *("step", "loader", "e2e", "linear-eval")
-    ]
-    assert all(line.endswith("met") for line in result["verdict"][1:])
+    rates, predictions = result["verdict"][1:5], result["verdict"][5:]
+    assert [line.partition(":")[0] for line in rates] == ["step", "loader", "e2e", "linear-eval"]
+    assert all(line.endswith("met") for line in rates)
+    assert [line.partition(":")[0] for line in predictions] == ["predicted for 8 GPUs"]
+
+
+def test_a_run_that_is_ended_leaves_the_modes_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(mode: str, *args: object) -> dict:
+        if mode == "linear-eval":
+            raise KeyboardInterrupt
+        return {"foreach": {"text": "1 ms"}}
+
+    monkeypatch.setattr(fps, "_measure", measured)
+    file = tmp_path / "fps.json"
+    with pytest.raises(KeyboardInterrupt):
+        fps.main([*TINY, "--mode", "optim", "linear-eval", "--json", str(file)])
+    assert list(json.loads(file.read_text())["modes"]) == ["optim"]
 
 
 def made(**modes: dict) -> dict:
@@ -109,9 +170,10 @@ def test_resnet50_takes_the_flops_and_bytes_that_are_known() -> None:
     heads. Traffic: 979 MB counted by hand at this fusion, with the sums after layers."""
     settings = StepSettings()
     assert stepping.bytes_of_an_image(settings) == pytest.approx(0.9e9, rel=0.15)
-    assert stepping.flop_of_an_image(StepSettings(image_size=64)) == pytest.approx(
-        64.9e9 * (64 / 224) ** 2, rel=0.03
-    )
+    flop, kept = stepping.work_of_an_image(StepSettings(image_size=64))
+    assert flop == pytest.approx(64.9e9 * (64 / 224) ** 2, rel=0.03)
+    # Two views of each convolution's input and output in two bytes: 2 x 21.6 M values at 224.
+    assert kept == pytest.approx(2 * 2 * 21.6e6 * (64 / 224) ** 2, rel=0.1)
 
 
 def test_one_pass_and_two_give_the_same_loss() -> None:
@@ -152,3 +214,34 @@ def test_peers_take_turns_and_the_missing_are_named(monkeypatch: pytest.MonkeyPa
         assert rows[name]["n"] == 3
     assert rows["byol_fast"]["ours_over_theirs"] == [1.0, 1.0, 1.0]
     assert "left out" in rows["byol-pytorch, as shipped"]["text"]
+
+
+def test_peers_stop_making_rows_when_time_is_over() -> None:
+    rows = peers.measure(SMALL, CPU, steps=1, warm_up=0, budget=-1.0)
+    assert {row["text"] for row in rows.values()} == {"left out: no time"}
+
+
+@pytest.mark.parametrize("name", peer_updates.PEERS)
+def test_a_peers_update_is_a_step_of_lars_and_an_average(name: str) -> None:
+    """One step from zero momentum: as ours, but for the norms being summed and the limit."""
+    if name == "lightly":
+        pytest.importorskip("lightly", reason="lightly is not installed")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8), torch.nn.Flatten())
+    model = BYOL(net, image_size=8, projector=(8, 4), predictor=(8, 4))
+    for p in model.online.parameters():
+        p.grad = torch.randn_like(p)
+    ours = copy.deepcopy(model)
+    for p, q in zip(ours.online.parameters(), model.online.parameters(), strict=True):
+        p.grad = q.grad.clone()
+    LARS(param_groups(ours.online, 1.5e-6), 0.1, norm="sum").step_and_average(
+        ours.target_ema_params(), ours.online_ema_params(), 0.99
+    )
+    peer_updates.PEERS[name](model)()
+    if name == "lightly":
+        torch.testing.assert_close(model.state_dict(), ours.state_dict(), rtol=1e-5, atol=1e-7)
+        return
+    for p, q in zip(model.online.parameters(), ours.online.parameters(), strict=True):
+        assert p.ndim > 1 or torch.equal(p, q)  # biases and norms: plain SGD
+    for p, q in zip(model.target_ema_params(), model.online_ema_params(), strict=True):
+        assert not torch.equal(p, q)

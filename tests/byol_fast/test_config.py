@@ -74,6 +74,32 @@ def test_switches(argv: list[str], expected: bool) -> None:
     assert config.parse([*argv, "--data", "x"]).data == "x"  # no word was swallowed
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "world"),
+        (["--model.bn-sync", "group"], "group"),
+        (["--bn-sync=none"], "none"),
+        (["--no-bn-sync"], "none"),
+        (["--no-bn-sync", "--bn-sync"], "world"),
+        (["--bn-sync", "false"], "none"),
+        (["model.bn_sync=True"], "world"),
+    ],
+)
+def test_a_choice_that_was_a_switch_still_is_one(argv: list[str], expected: str) -> None:
+    parsed = config.parse([*argv, "--data", "x"])
+    assert (parsed.model.bn_sync, parsed.data) == (expected, "x")
+
+
+@pytest.mark.parametrize(("saved", "expected"), [(True, "world"), (False, "none")])
+def test_an_older_checkpoint_or_file_says_true_or_false(saved: bool, expected: str) -> None:
+    tree = config.to_dict(Config())
+    tree["model"]["bn_sync"] = saved
+    assert config.from_dict(tree).model.bn_sync == expected
+    with pytest.raises(UsageError, match="one of none, group, world"):
+        config.parse(["--bn-sync=node"])
+
+
 def test_the_last_flag_wins() -> None:
     assert config.parse(["--epochs", "5", "epochs=6"]).epochs == 6
 
@@ -134,7 +160,6 @@ def test_wrong_values_are_named(argv: list[str], words: list[str]) -> None:
         ["--image-size", "7"],
         ["--crop-area-min", "0"],
         ["--crop-area-min", "1.1"],
-        ["--flip", "-0.1"],
         ["--accumulate", "0"],
         ["--threads", "0"],
         ["--target-decay", "1.01"],
@@ -217,6 +242,7 @@ def changed(name: str) -> object:
     if flag.choices:
         return next(c for c in reversed(flag.choices) if c != flag.default)
     special = {
+        "model.method": "simsiam+group-ws",
         "backend": "dali:mixed:0.65",
         "checkpoint.every": "2h",
         "model.hidden_layer": "avgpool",
@@ -290,7 +316,7 @@ def test_spec_of_the_paper() -> None:
 
 
 def test_spec_follows_the_flags() -> None:
-    argv = "--no-blur --flip 0 --crop-area-min 0.2 --semantics torchvision --image-size 32"
+    argv = "--views no-blur-no-flip --crop-area-min 0.2 --semantics torchvision --image-size 32"
     spec = config.spec(fill(config.parse(argv.split())))
     assert (spec.image_size, spec.semantics) == (32, "torchvision")
     for view, original in zip(spec.views, (VIEW1, VIEW2), strict=True):

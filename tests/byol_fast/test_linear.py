@@ -10,6 +10,7 @@ from torch import nn
 from byol_fast.evaluate import head as head_module
 from byol_fast.evaluate import linear
 from byol_fast.evaluate.features import Features, extract
+from byol_fast.evaluate.resume import Resume
 from byol_fast.optim import LARS
 from byol_fast.schedules import learning_rate
 from pipelines.augment import reference
@@ -90,6 +91,53 @@ def test_the_same_seed_gives_the_same_head_for_any_thread_count():
 
     assert torch.equal(weights(0, 1), weights(0, 3))
     assert not torch.equal(weights(0, 1), weights(1, 1))
+
+
+@pytest.mark.parametrize("protocol", [SHORT, replace(linear.MMPRETRAIN, batch_size=20, epochs=12)])
+def test_a_training_that_was_killed_ends_with_the_same_weights(tmp_path, monkeypatch, protocol):
+    protocol = replace(protocol, epochs=4, base_lr=1.0)  # 4 epochs of 2.5 steps
+    train, test = coloured_shapes(50), coloured_shapes(20, seed=1)
+
+    def run(folder=None, key="a"):
+        resume = Resume(folder, {"what": key}, every_seconds=0.0) if folder else None
+        return linear.fit(
+            Averages(), train, test, protocol=protocol, image_size=16, threads=1, resume=resume
+        )
+
+    whole, steps, step = run(), [], head_module.HeadTrainer.step
+
+    last = 7
+
+    def dies(self, *batch):
+        if len(steps) == last:
+            raise KeyboardInterrupt
+        steps.append(batch)
+        step(self, *batch)
+
+    monkeypatch.setattr(head_module.HeadTrainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r")
+    monkeypatch.setattr(head_module.HeadTrainer, "step", lambda *a: steps.append(a) or step(*a))
+    again = run(tmp_path / "r")
+    assert len(steps) == 10  # three more
+    assert torch.equal(again.head.weight, whole.head.weight)
+    assert torch.equal(again.head.bias, whole.head.bias)
+    assert again.final_loss == whole.final_loss and again.top1 == whole.top1
+    done = run(tmp_path / "r")  # only the test was left
+    assert len(steps) == 10 and torch.equal(done.head.weight, whole.head.weight)
+    last = 13
+    monkeypatch.setattr(head_module.HeadTrainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", key="b")  # another training starts anew, and is kept as well
+    monkeypatch.setattr(head_module.HeadTrainer, "step", lambda *a: steps.append(a) or step(*a))
+    assert torch.equal(run(tmp_path / "r", key="b").head.weight, whole.head.weight)
+    assert len(steps) == 20
+    for path in (tmp_path / "r").glob("*.pt"):
+        path.write_bytes(b"damaged")
+    assert torch.equal(run(tmp_path / "r", key="b").head.weight, whole.head.weight)
+    assert len(steps) == 30
+    Resume(tmp_path / "r", {}).clear()
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("semantics", ["deepmind", "torchvision"])

@@ -33,8 +33,7 @@ OTHER = {
     "seed": 3,
     "input.semantics": "torchvision",
     "input.crop_area_min": 0.5,
-    "input.blur": "true",
-    "input.flip": 0.25,
+    "input.views": "byol",
     "input.verify": "false",
     "input.threads": 3,
     "input.accumulate": 2,
@@ -46,6 +45,7 @@ OTHER = {
     "model.hidden_size": 48,
     "model.hidden_layer": "layer3",
     "model.target_decay": 0.9,
+    "model.method": "simsiam+directpred+group-ws",
     "run.precision": "bf16",
     "run.max_steps": 5,
     "monitor.eval_every": 1,
@@ -59,7 +59,7 @@ OTHER = {
 ELSEWHERE = {
     "run.engine": "below",
     "device": "test_pretrain: no gpu",
-    "model.bn_sync": "test_pretrain: two ranks train like one",
+    "model.bn_sync": "test_pretrain: two ranks train like one; test_norm_groups, and below",
     "checkpoint.allow_config_change": "test_pretrain: other configuration, and below",
 }
 WORLD = World(0, 1, torch.device("cpu"))
@@ -176,6 +176,23 @@ def test_the_engine_reaches_the_compiler(
     with pytest.raises(ValueError, match="no GPU"):
         given = [*arguments, "--out", str(tmp_path / "graph"), "--engine", "graph"]
         put_together(given, monkeypatch)
+
+
+def test_whom_batchnorm_shares_with_reaches_every_norm(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def spy(word: str, world: World) -> bool:
+        asked.append(word)
+        return word != "none"
+
+    monkeypatch.setattr(assembling, "statistics_group", spy)
+    for word in ("none", "group"):
+        arguments = ["--data", str(folders["train"]), "--out", str(tmp_path / word), *TINY]
+        parts = put_together([*arguments, "--bn-sync", word], monkeypatch)
+        assert parts["model"]["bn_sync"] is (word == "group")
+    assert asked == ["none", "group"]
 
 
 def test_where_dali_decodes_reaches_it(

@@ -1,5 +1,6 @@
 """Recipes: the authors' table, the rule between its rows, the run's arithmetic."""
 
+import contextlib
 from typing import get_args, get_type_hints
 
 import pytest
@@ -61,7 +62,7 @@ def test_the_rate_is_linear_in_the_batch(batch: int) -> None:
 
 
 def test_a_value_set_by_hand_wins_and_is_said() -> None:
-    run = resolved("--epochs 100 --base-lr 0.5 --target-decay 0.9 --weight-decay 0 --flip 0.5")
+    run = resolved("--epochs 100 --base-lr 0.5 --target-decay 0.9 --weight-decay 0 --views byol")
     assert (run.peak_lr, run.target_decay, run.weight_decay) == (8.0, 0.9, 0.0)
     assert run.arithmetic()[-3:] == [
         "set by hand: optim.base_lr 0.5 (recipe: 0.45)",
@@ -75,7 +76,7 @@ def test_every_recipe_fills_every_gap_and_stays_filled(name: str) -> None:
     filled = fill(Config(recipe=name))  # type: ignore[arg-type]
     assert all(get(filled, setting) is not None for setting in RECIPE_NAMES)
     assert fill(filled) == filled
-    assert set(COMMON) | set(RECIPES[name].values) <= set(RECIPE_NAMES)
+    assert set(COMMON) | set(RECIPES[name].values) <= {*RECIPE_NAMES, "input.accumulate"}
     assert config.spec(filled).image_size == filled.image_size
 
 
@@ -94,7 +95,7 @@ def test_cifar_takes_the_steps_of_its_source() -> None:
 
 
 def test_mirror_images_can_be_turned_off() -> None:
-    spec = config.spec(fill(config.parse(["--recipe", "quickstart", "--flip", "0"])))
+    spec = config.spec(fill(config.parse(["--recipe", "quickstart", "--views", "no-flip"])))
     assert [view.flip for view in spec.views] == [0.0, 0.0]
 
 
@@ -151,3 +152,12 @@ def test_batchnorm_needs_two_images() -> None:
     assert (
         resolved("--batch-size 8", samples=100).split.micro_batch == 1
     )  # over 8 ranks there are 8
+
+
+@pytest.mark.parametrize(("of_a_node", "enough"), [("1", False), ("2", True)])
+def test_batchnorm_over_a_node_needs_two_images_there(
+    of_a_node: str, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", of_a_node)
+    with contextlib.nullcontext() if enough else pytest.raises(ValueError, match="one image"):
+        assert resolved("--batch-size 8 --bn-sync group", samples=100).split.micro_batch == 1

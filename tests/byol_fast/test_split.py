@@ -18,7 +18,7 @@ def test_a_first_session_takes_what_was_asked() -> None:
     assert parts(share_out(4096, 8)) == (8, 512, 1)
     assert parts(share_out(4096, 8, asked=4)) == (8, 128, 4)
     assert share_out(4096, 8, asked=4).bn_batch == 1024
-    assert share_out(4096, 8, bn_sync=False).bn_batch == 512
+    assert share_out(4096, 8, together=1).bn_batch == 512
 
 
 @pytest.mark.parametrize("asked", [None, 1])
@@ -40,7 +40,7 @@ def test_fewer_ranks_accumulate_and_more_ranks_stop_to(asked: int | None) -> Non
 def test_no_micro_batch_is_larger_than_the_first(batch: int, asked: int, ranks: int) -> None:
     if batch % asked or batch % ranks:
         return
-    first = share_out(batch, 1, asked=asked, bn_sync=True)
+    first = share_out(batch, 1, asked=asked)
     new = share_out(batch, ranks, asked=asked, before=first)
     assert new.micro_batch <= first.micro_batch == new.largest
     assert new.ranks * new.micro_batch * new.accumulate == batch
@@ -62,8 +62,8 @@ def test_a_change_is_told_with_what_it_does_to_batchnorm() -> None:
     assert "8 × 512 × 1 → 4 × 512 × 2" in told
     assert "statistics are over 2048 images instead of 4096" in told
     assert "--input.accumulate 1 keeps them" in told
-    alone = share_out(4096, 8, bn_sync=False)
-    assert "statistics" not in share_out(4096, 4, bn_sync=False, before=alone).change(alone)
+    alone = share_out(4096, 8, together=1)
+    assert "statistics" not in share_out(4096, 4, together=1, before=alone).change(alone)
     assert share_out(4096, 8, before=first).change(first) == "" == first.change(None)
 
 
@@ -71,8 +71,10 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_with_a_mend() -> None:
     first = share_out(4096, 8)
     with pytest.raises(ValueError, match="over 6 ranks: go on with 4, or another number"):
         share_out(4096, 6, before=first)
+    before = share_out(8, 4, together=1)
     with pytest.raises(ValueError, match="one image"):
-        share_out(8, 8, bn_sync=False, before=share_out(8, 4, bn_sync=False))
+        share_out(8, 8, together=1, before=before)
+    assert share_out(8, 8, together=1, batch_norm=False, before=before).micro_batch == 1
 
 
 def test_it_is_read_back_where_there_is_a_checkpoint(tmp_path: Path) -> None:

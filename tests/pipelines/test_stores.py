@@ -253,9 +253,9 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     with pytest.raises(DataError, match=f"{missing} does not exist"):
         open_store(missing)
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"notes\.txt is not a data set"):
-        open_store(tmp_path / "notes.txt")
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(DataError, match=r"notes\.md is not a data set"):
+        open_store(tmp_path / "notes.md")
     with pytest.raises(DataError, match="does not exist"):
         open_store(tmp_path / "missing.npz")
     with pytest.raises(DataError, match="no data set was named"):

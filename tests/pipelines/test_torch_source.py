@@ -113,6 +113,13 @@ def test_arrays_may_be_read_only_and_of_any_layout() -> None:
     s.close()
 
 
+def test_a_window_may_be_the_whole_of_an_array_of_planes() -> None:
+    planes = np.random.default_rng(0).integers(0, 256, (3, 40, 40), np.uint8).transpose(1, 2, 0)
+    whole = (0, 0, 40, 40)
+    wanted = resize_crop(np.ascontiguousarray(planes), whole, 32)
+    assert torch.equal(resize_crop(planes, whole, 32), wanted)
+
+
 def test_rows_are_pulled_no_further_than_prefetch(store: FakeStore) -> None:
     pulled = 0
 

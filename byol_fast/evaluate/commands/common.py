@@ -13,29 +13,51 @@ from byol_fast.evaluate.table import Row, render
 if TYPE_CHECKING:
     import torch
 
+    from byol_fast.evaluate.cache import FeatureCache
     from byol_fast.evaluate.data import Labelled
+    from byol_fast.evaluate.features import Features
     from byol_fast.export import Weights
     from pipelines.spec import AugmentSpec
 
 
 def weights_flags(parser: argparse.ArgumentParser) -> None:
+    """Which network, where it runs, and how it is shown images."""
+    network_flags(parser)
+    add = parser.add_argument
+    add("--image-size", type=int, help="pixels; else as trained, else 224")
+    add("--backend", default="auto", choices=["auto", "torch", "dali", "ffcv"], help="who decodes")
+
+
+def network_flags(parser: argparse.ArgumentParser) -> None:
     """Which network, and where it runs."""
     add = parser.add_argument
     add("--weights", required=True, help="exported backbone, checkpoint or run folder")
     add("--backbone", help="torchvision name, for weights that do not say")
     add("--stem", choices=["imagenet", "cifar"], help="for weights that do not say")
-    add("--image-size", type=int, help="pixels; else as trained, else 224")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--backend", default="auto", choices=["auto", "torch", "dali", "ffcv"], help="who decodes")
     add("--threads", type=int, help="decoding threads; else one for each core")
 
 
 def data_flags(parser: argparse.ArgumentParser) -> None:
     """Labelled images to train and to test on, and where the result goes."""
     add = parser.add_argument
-    add("--data", required=True, help="labelled training images: class folders or .npz")
+    add("--data", required=True, help="labelled training images: class folders, a list, .npz")
     add("--test-data", help="labelled test images; else a fixed fifth of --data is held out")
+    add("--root", help="folder of the images that lists name; else the list's own")
+    add("--test-root", help="the same for the list in --test-data; else --root")
     out_flag(parser)
+
+
+def cache_flags(parser: argparse.ArgumentParser) -> None:
+    """Where features are kept."""
+    add = parser.add_argument
+    add("--cache", type=Path, metavar="DIR", help="keep features there; else beside the weights")
+    add("--no-cache", action="store_true", help="compute all features, and keep nothing")
+
+
+def quick_flag(parser: argparse.ArgumentParser) -> None:
+    """A short run for trying."""
+    parser.add_argument("--quick", action="store_true", help="a short run; not the protocol")
 
 
 def out_flag(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +89,12 @@ class Network:
             "progress": True,
         }
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Those of `reading` that decide the features: the arguments of `FeatureCache.key`."""
+        names = ("image_size", "spec", "device", "backend")
+        return {name: self.reading[name] for name in names}
+
 
 def open_network(args: argparse.Namespace) -> Network:
     """The network of `--weights`.
@@ -80,7 +108,7 @@ def open_network(args: argparse.Namespace) -> Network:
     from byol_fast import export
 
     weights = export.read_weights(args.weights)
-    device = _device(args.device)
+    device = device_of(args.device)
     backbone = export.build(
         weights,
         backbone=args.backbone,
@@ -99,14 +127,43 @@ def open_network(args: argparse.Namespace) -> Network:
     )
 
 
+def open_cache(args: argparse.Namespace, network: Network) -> FeatureCache:
+    """Where features of this network are kept: `--cache`, else `feature-cache` by the weights."""
+    from byol_fast.evaluate.cache import FeatureCache
+
+    weights = network.weights
+    beside = weights.file.with_name("feature-cache")
+    described = {
+        "weights": weights.sha256,
+        "backbone": args.backbone or weights.meta.get("backbone"),
+        "stem": args.stem or weights.meta.get("stem", "imagenet"),
+        "hidden_layer": weights.meta.get("hidden_layer", -1),
+    }
+    return FeatureCache(root=None if args.no_cache else args.cache or beside, network=described)
+
+
+def rate_of(*features: Features) -> float | None:
+    """Images/s of reading and network; None where all of them came from a cache."""
+    seconds = sum(each.seconds for each in features)
+    computed = sum(each.computed for each in features)
+    return computed / seconds if computed and seconds else None
+
+
+def from_cache(*features: Features) -> list[str]:
+    """A note where features were not computed now."""
+    stored = sum(each.stored for each in features)
+    return [f"features of {stored} images came from the cache"] if stored else []
+
+
 def open_labelled(args: argparse.Namespace) -> Labelled:
     """The images of `--data` and `--test-data`; raises DataError as `data.prepare` does."""
     from byol_fast.evaluate import data
     from pipelines.stores import open_store
 
+    root, test_root = args.root, args.test_root or args.root
     return data.prepare(
-        open_store(args.data, verify=False),
-        open_store(args.test_data, verify=False) if args.test_data else None,
+        open_store(args.data, root=root, verify=False),
+        open_store(args.test_data, root=test_root, verify=False) if args.test_data else None,
     )
 
 
@@ -137,7 +194,8 @@ def left_out(images: int) -> list[str]:
     return [f"{images} images could not be decoded and are left out"] if images else []
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names; ValueError where there is none."""
     import torch
 
     if name == "auto":

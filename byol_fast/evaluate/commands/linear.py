@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from dataclasses import asdict, replace
 
 from byol_fast.evaluate import protocols, published, record
@@ -16,6 +17,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     common.weights_flags(parser)
     common.data_flags(parser)
+    common.cache_flags(parser)
     add = parser.add_argument
     add("--protocol", choices=["paper", "mmpretrain"], default="paper", help="the recipe")
     add("--quick", action="store_true", help="a check on cached centre crops; no protocol")
@@ -28,27 +30,43 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises as `common.open_network`, `data.prepare` and `linear.fit`."""
     protocol = _protocol(args)  # complain before reading data
+    import numpy as np
+
     from byol_fast.evaluate import head, linear
+    from byol_fast.evaluate.resume import Resume
 
     network = common.open_network(args)
     labelled = common.open_labelled(args)
     name = f"linear-{'quick' if args.quick else args.protocol}"
     where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
+    stem = where.name.removesuffix(".json")
+    cache = common.open_cache(args, network)
+    parts = {"train": labelled.train, "test": labelled.test}
+    keys = {name: cache.key(store, **network.deciding) for name, store in parts.items()}
+    labels = hashlib.sha256(np.asarray(labelled.train.labels).tobytes()).hexdigest()
+    resume = Resume(
+        where.with_name(f"{stem}.resume"),
+        {"features": keys, "labels": labels, "protocol": asdict(protocol), "seed": args.seed},
+    )
     outcome = linear.fit(
         network.backbone,
         labelled.train,
         labelled.test,
         protocol=protocol,
         seed=args.seed,
+        cache=cache,
+        resume=resume,
         **network.reading,
     )
-    head_path = where.with_name(where.name.removesuffix(".json") + ".head.safetensors")
-    head.save(outcome.head, head_path, classes=labelled.classes)
+    head_path = where.with_name(f"{stem}.head.safetensors")
+    head.save(
+        outcome.head, head_path, classes=labelled.classes, about=record.head_of(network, "centre")
+    )
     changed = _changes(args)
     row = Row(
         protocol=QUICK_LABEL if protocol.cached else f"linear, {protocol.name}{changed}",
         figures={"top-1": outcome.top1, "top-5": outcome.top5},
-        images_per_second=outcome.images_per_second,
+        images_per_second=outcome.images_per_second or None,  # 0: nothing was computed now
         published=published.LINEAR.get(protocol.name),
     )
     result = {
@@ -73,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
             "the paper takes the best of five rates (base lr .05 to .4); this is one of them"
         )
     common.finish(args, where, record.provenance(args, network, labelled), result, [row], notes)
+    resume.clear()
 
 
 def _protocol(args: argparse.Namespace) -> protocols.Protocol:

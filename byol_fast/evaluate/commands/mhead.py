@@ -1,0 +1,103 @@
+"""Linear classifiers on Feature1 to Feature5: the stem and the four stages of a frozen ResNet."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from byol_fast.evaluate import published, recipes, record
+from byol_fast.evaluate.commands import common, training
+from byol_fast.evaluate.table import Row
+
+if TYPE_CHECKING:
+    from byol_fast.evaluate.heads import StageHeads
+    from byol_fast.evaluate.scores import Scores
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    training.flags(parser)
+    add = parser.add_argument
+    add("--recipe", choices=list(recipes.MHEAD), default="imagenet", help="the data set's")
+    add("--epochs", type=int, help="instead of the recipe's; the drops of the rate move along")
+    add("--lr", type=float, dest="base_lr", help="per 256 images, instead of the recipe's")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises as `common.open_network`, `data.prepare`, `heads.StageHeads` and `finetune.train`."""
+    asked = {"epochs": args.epochs, "batch_size": args.batch_size, "base_lr": args.base_lr}
+    recipe = recipes.MHEAD[args.recipe].changed(asked)  # complain before reading data
+    with training.ranks(args) as world:
+        from byol_fast.evaluate.heads import StageHeads
+
+        network = common.open_network(args)
+        labelled = training.open_labelled(args, world)
+        if args.quick:
+            recipe = recipes.quick(recipe, len(labelled.train)).changed(asked)
+        name = f"mhead-{'quick-' if args.quick else ''}{args.recipe}"
+        where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
+        job = training.Job(args=args, world=world, network=network, labelled=labelled, where=where)
+        module = StageHeads(
+            network.backbone,
+            len(labelled.classes),
+            image_size=network.image_size,
+            seed=args.seed,
+        )
+        trained = job.train(module, labelled.train, recipe, "training")
+        each, tested, bad = job.test(module, labelled.test, "testing")
+        if not world.is_main:
+            return
+        changed = training.changes(
+            {"epochs": args.epochs, "batch": args.batch_size, "lr": args.base_lr}
+        )
+        label = training.QUICK if args.quick else f"{args.recipe}{changed}"
+        figures = (None,) * 5 if args.quick else published.MHEAD.get(args.recipe, (None,) * 5)
+        rows = [
+            Row(
+                protocol=f"mhead {pooling.feature}, {label}",
+                figures=scores.figures(),
+                images_per_second=trained.images_per_second or None,
+                published=figure,
+            )
+            for pooling, scores, figure in zip(module.poolings, each, figures, strict=True)
+        ]
+        adaptive = [p for p in module.poolings if p.kernel is None]
+        result = {
+            "protocol": training.protocol(recipe),
+            "published_protocol": not (args.quick or changed or adaptive),
+            "features": _features(module, each),
+            "final_loss": trained.final_loss,
+            "images_per_second": trained.images_per_second,
+            "images": {"train": len(labelled.train), "test": tested},
+            "undecodable": bad,
+            "ranks": world.size,
+        }
+        notes = [
+            f"tested on {labelled.source}",
+            *common.left_out(bad),
+            f"classifiers: {recipe.arithmetic()}",
+        ]
+        if adaptive:
+            said = ", ".join(f"{p.feature} {p.describe()}" for p in adaptive)
+            notes.append(
+                f"maps of another size than a ResNet's at 224 pixels are pooled otherwise: {said}"
+            )
+        about = record.provenance(args, network, labelled)
+        common.finish(args, where, about, result, rows, notes)
+        job.clean()
+
+
+def _features(module: StageHeads, each: list[Scores]) -> list[dict[str, Any]]:
+    """What each classifier saw and reached, for the result file."""
+    return [
+        {
+            "feature": pooling.feature,
+            "map": [pooling.channels, pooling.side, pooling.side],
+            "pooling": pooling.describe(),
+            "published_pooling": pooling.kernel is not None,
+            "width": pooling.width,
+            "top1": scores.top1,
+            "top5": scores.top5,
+        }
+        for pooling, scores in zip(module.poolings, each, strict=True)
+    ]

@@ -1,0 +1,323 @@
+"""A pickle read as data: its opcodes are interpreted here, nothing is looked up and nothing called.
+
+Published checkpoints hold more than tensors: an `argparse.Namespace`, a configuration, a haiku
+mapping. Python's unpickler would import and call whatever the file names. This one knows a short
+list of names that stand for data (tensors, arrays, plain containers) and builds those itself; every
+other name becomes an `Opaque` record of what the file said. No name in a file is ever imported, no
+attribute is set, so there is nothing a file could make this program do but use memory.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from byol_fast.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that a pickle names; only its name, it is never looked up."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Opaque:
+    """An object the file describes and this program does not build."""
+
+    of: Any  # a Name; or another Opaque, for a class that the file makes up
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return str(self.of) if isinstance(self.of, Name) else "a class made up in the file"
+
+
+class Refused(CheckpointError):
+    """The pickle is damaged, or asks for something that no weights file needs."""
+
+
+# Said aloud when met. Safety does not rest on these lists: what is not on them is not run either.
+# (getattr is not: mmengine's history buffers pickle their methods with it.)
+_HARMFUL_MODULES = {
+    *("os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "ctypes", "runpy"),
+    *("importlib", "webbrowser", "marshal", "pip"),
+    *("commands", "popen2"),  # Python 2's subprocess, as protocols 0 to 2 call it
+}
+_HARMFUL = {
+    *(
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in ("eval", "exec", "execfile", "compile", "open", "__import__", "breakpoint")
+    ),
+    *("io.open", "_io.open", "io.FileIO", "_io.FileIO", "io.open_code"),
+}
+_MARK = object()
+
+Reduce = Callable[[Name, tuple[Any, ...]], Any]
+
+
+def nothing(name: Name, args: tuple[Any, ...]) -> Any:
+    """The `reduce` of a pickle in which no name stands for data."""
+    return NotImplemented
+
+
+def load(
+    file: IO[bytes],
+    *,
+    reduce: Reduce = nothing,
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The next pickle of `file`.
+
+    Args:
+        reduce: what `name(*args)` stands for, or NotImplemented where it is to stay opaque.
+        persistent: what a persistent id stands for (torch's storages).
+
+    Raises:
+        Refused: damaged, or it names what would run programs or open files.
+    """
+    machine = _Machine(reduce, persistent)
+    try:
+        for opcode, arg, _ in pickletools.genops(file):
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            machine.step(opcode.name, arg)
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise Refused(f"its pickle is damaged ({type(error).__name__}: {error})") from error
+    except MemoryError as error:
+        raise Refused("its pickle asks for more memory than there is") from error
+    raise Refused("its pickle ends early")
+
+
+class _Machine:
+    def __init__(self, reduce: Reduce, persistent: Callable[[Any], Any] | None) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.reduce = reduce
+        self.persistent = persistent
+
+    def step(self, name: str, arg: Any) -> None:
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                stack.append(_MARK)
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self.marked()
+            case "DUP":
+                stack.append(stack[-1])
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET" | "EMPTY_TUPLE":
+                kinds: dict[str, Callable[[], Any]] = {
+                    "EMPTY_LIST": list,
+                    "EMPTY_DICT": dict,
+                    "EMPTY_SET": set,
+                    "EMPTY_TUPLE": tuple,
+                }
+                stack.append(kinds[name]())
+            case "LIST" | "TUPLE" | "FROZENSET":
+                of = {"LIST": list, "TUPLE": tuple, "FROZENSET": frozenset}[name]
+                stack.append(of(self.marked()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "DICT":
+                stack.append({})
+                stack[-1].update(_pairs(self.marked(below=1)))
+            case "APPEND" | "APPENDS" | "ADDITEMS":
+                self.extend([stack.pop()] if name == "APPEND" else self.marked())
+            case "SETITEM" | "SETITEMS":
+                values = self.marked() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                target = stack[-1]
+                into = target.items if isinstance(target, Opaque) else target
+                if not isinstance(into, dict):
+                    raise Refused(f"its pickle is damaged (items set on {type(target).__name__})")
+                into.update(_pairs(values))
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[int(arg)])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[int(arg)] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINSTRING" | "SHORT_BINSTRING" | "STRING":
+                stack.append(arg)
+            case "PERSID" | "BINPERSID":
+                if self.persistent is None:
+                    raise Refused("its pickle refers to things outside it")
+                stack.append(self.persistent(arg if name == "PERSID" else stack.pop()))
+            case _ if name in _VALUES:
+                stack.append(arg)
+            case _:
+                self.build(name, arg)
+
+    def build(self, name: str, arg: Any) -> None:
+        """The opcodes that name, call or fill something."""
+        stack = self.stack
+        match name:
+            case "GLOBAL":
+                module, _, attribute = arg.partition(" ")
+                stack.append(named(module, attribute))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                if not (isinstance(module, str) and isinstance(attribute, str)):
+                    raise Refused("its pickle is damaged (a name that is no text)")
+                stack.append(named(module, attribute))
+            case "INST":
+                module, _, attribute = arg.partition(" ")
+                stack.append(self.call(named(module, attribute), tuple(self.marked())))
+            case "OBJ":
+                of, *args = self.marked()
+                stack.append(self.call(of, tuple(args)))
+            case "REDUCE" | "NEWOBJ":
+                args = stack.pop()
+                stack.append(self.call(stack.pop(), args))
+            case "NEWOBJ_EX":
+                kwargs, args = stack.pop(), stack.pop()
+                stack.append(self.call(stack.pop(), args))
+                if isinstance(stack[-1], Opaque) and kwargs:
+                    stack[-1].items.update(kwargs)
+            case "BUILD":
+                state = stack.pop()
+                target = stack[-1]
+                if isinstance(target, Opaque):
+                    target.state = state
+                elif hasattr(type(target), "fill_from_pickle"):  # ours: arrays and their types
+                    target.fill_from_pickle(state)
+                # else: attributes on a plain container (a state dict's _metadata): not needed
+            case _:
+                raise Refused(f"its pickle uses {name}, which no weights file needs")
+
+    def call(self, of: Any, args: Any) -> Any:
+        if not isinstance(args, tuple):
+            raise Refused("its pickle is damaged (arguments that are no tuple)")
+        if isinstance(of, Name):
+            known = _containers(of, args)
+            if known is NotImplemented:
+                known = self.reduce(of, args)
+            if known is not NotImplemented:
+                return known
+        return Opaque(of, args)
+
+    def extend(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(values)
+        elif isinstance(target, set):
+            target.update(values)
+        elif isinstance(target, Opaque):
+            target.items.update(enumerate(values, start=len(target.items)))
+        else:
+            raise Refused(f"its pickle is damaged (values added to {type(target).__name__})")
+
+    def marked(self, below: int = 0) -> list[Any]:
+        """Take what lies above the last mark off the stack, and the mark."""
+        end = len(self.stack) - below
+        at = end - 1
+        while self.stack[at] is not _MARK:
+            at -= 1
+            if at < 0:
+                raise Refused("its pickle is damaged (no mark)")
+        values = self.stack[at + 1 : end]
+        del self.stack[at:end]
+        return values
+
+
+_VALUES = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+
+
+def named(module: str, attribute: str) -> Name:
+    """A `Name`, unless it would run programs or open files.
+
+    Raises:
+        Refused: it would, if this were Python's unpickler.
+    """
+    name = f"{module}.{attribute}"
+    if name in _HARMFUL or module.partition(".")[0] in _HARMFUL_MODULES:
+        raise Refused(
+            f"its pickle asks to run {name}, which no weights file needs: it may "
+            "have been made to do harm; do not open it with other programs either"
+        )
+    return Name(module, attribute)
+
+
+def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(values[::2], values[1::2], strict=True)
+
+
+def _containers(of: Name, args: tuple[Any, ...]) -> Any:
+    """Python's own containers; NotImplemented for anything else."""
+    match str(of):
+        case "collections.OrderedDict" | "builtins.dict" | "__builtin__.dict":
+            return dict(*args)
+        case "collections.defaultdict":
+            return dict(*args[1:])
+        case "builtins.set" | "__builtin__.set":
+            return set(*args)
+        case "builtins.frozenset" | "__builtin__.frozenset":
+            return frozenset(*args)
+        case "builtins.list" | "__builtin__.list":
+            return list(*args)
+        case "builtins.bytes" | "__builtin__.bytes" if not args:
+            return b""  # how protocols below 3 write empty bytes
+        case "builtins.tuple" | "torch.Size":
+            return tuple(*args)
+        case "_codecs.encode" if len(args) == 2 and args[1] in ("latin1", "latin-1"):
+            return str.encode(args[0], "latin-1")
+        case "copyreg._reconstructor" | "copy_reg._reconstructor" if args:
+            return Opaque(args[0], args[2:])
+    return NotImplemented
+
+
+def mapping(value: Any) -> dict[Any, Any] | None:
+    """The dict that a value is, or that an opaque object wraps (haiku's and omegaconf's do)."""
+    for _ in range(8):  # mappings wrapped in mappings; a file may also point at itself
+        if isinstance(value, dict):
+            return value
+        if not isinstance(value, Opaque):
+            return None
+        if value.items:
+            return value.items
+        inner = value.args[0] if value.args else value.state
+        if isinstance(inner, tuple) and inner:  # (state of __dict__, state of __slots__)
+            inner = next((part for part in inner if isinstance(part, dict)), None)
+        if isinstance(inner, dict) and isinstance(inner.get("_mapping"), dict):
+            inner = inner["_mapping"]
+        value = inner
+    return None
+
+
+def opaque_names(tree: Any) -> list[str]:
+    """The names of all opaque objects below `tree`, sorted."""
+    found, seen, todo = set(), set(), [tree]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Opaque):
+            found.add(str(value))
+            todo += [value.of, *value.args, value.state, value.items]
+        elif isinstance(value, dict):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            todo += value
+    return sorted(found)

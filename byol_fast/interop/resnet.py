@@ -1,0 +1,115 @@
+"""A ResNet's keys in the spelling of each project, to and from torchvision's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+_T = TypeVar("_T")
+
+# (blocks of the four stages, width and group width of the first 3×3 convolution) -> torchvision's
+# name; a group width of None stands for blocks without a bottleneck.
+_NAMES: dict[tuple[tuple[int, ...], int, int | None], str] = {
+    ((2, 2, 2, 2), 64, None): "resnet18",
+    ((3, 4, 6, 3), 64, None): "resnet34",
+    ((3, 4, 6, 3), 64, 64): "resnet50",
+    ((3, 4, 23, 3), 64, 64): "resnet101",
+    ((3, 8, 36, 3), 64, 64): "resnet152",
+    ((3, 4, 6, 3), 128, 128): "wide_resnet50_2",
+    ((3, 4, 23, 3), 128, 128): "wide_resnet101_2",
+    ((3, 4, 6, 3), 128, 4): "resnext50_32x4d",
+    ((3, 4, 23, 3), 256, 8): "resnext101_32x8d",
+    ((3, 4, 23, 3), 256, 4): "resnext101_64x4d",
+}
+_FIRST_CHILDREN = re.compile(r"(\d+)\.(.+)")  # of nn.Sequential(*resnet.children())
+_IN_STAGE = re.compile(r"layer(\d)\.(\d+)\.")
+
+
+def is_detectron2(keys: Iterable[str]) -> bool:
+    return any(key.startswith("stem.conv1.") for key in keys)
+
+
+def is_sequential(keys: Iterable[str]) -> bool:
+    """Whether a ResNet's children stand in an nn.Sequential, with numbers for names."""
+    keys = set(keys)
+    numbered = any(re.fullmatch(r"\d+\.0\.conv1\.weight", key) for key in keys)
+    return numbered and "0.weight" in keys
+
+
+def to_torchvision(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """The same tensors under torchvision's keys; unknown keys stay as they are."""
+    if is_detectron2(tensors):
+        return {_from_detectron2(key): value for key, value in tensors.items()}
+    if is_sequential(tensors):
+        renamed = _children_names(tensors)
+        found = {key: _FIRST_CHILDREN.fullmatch(key) for key in tensors}
+        tensors = {
+            f"{renamed.get(m[1], m[1])}.{m[2]}" if (m := found[key]) else key: value
+            for key, value in tensors.items()
+        }
+    # lightly's ResNet for small images calls a projection "shortcut"
+    return {
+        re.sub(r"^(layer\d\.\d+\.)shortcut\.", r"\1downsample.", key): value
+        for key, value in tensors.items()
+    }
+
+
+def _children_names(keys: Iterable[str]) -> dict[str, str]:
+    keys = list(keys)
+    stages = sorted(
+        {int(m[1]) for key in keys if (m := re.fullmatch(r"(\d+)\.0\.conv1\.weight", key))}
+    )
+    names = {str(number): f"layer{at}" for at, number in enumerate(stages, start=1)}
+    return {"0": "conv1", "1": "bn1", **names}
+
+
+def to_sequential(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """torchvision's keys to those of nn.Sequential(*list(resnet.children())[:-1])."""
+    # conv1, bn1, relu, maxpool, layer1 … layer4, avgpool
+    numbers = {"conv1": "0", "bn1": "1"} | {f"layer{n}": str(n + 3) for n in range(1, 5)}
+    split = {key: key.partition(".") for key in tensors}
+    return {f"{numbers[split[k][0]]}.{split[k][2]}": value for k, value in tensors.items()}
+
+
+def to_detectron2(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """torchvision's keys to detectron2's; counters, which it does not keep, are left out."""
+    renamed = {}
+    for key, value in tensors.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        key = re.sub(r"downsample\.0\.", "shortcut.", key)
+        key = re.sub(r"downsample\.1\.", "shortcut.norm.", key)
+        key = re.sub(r"bn(\d)\.", r"conv\1.norm.", key)
+        key = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", key)
+        renamed[key if key.startswith("res") else f"stem.{key}"] = value
+    return renamed
+
+
+def _from_detectron2(key: str) -> str:
+    key = re.sub(r"^res(\d)", lambda m: f"layer{int(m[1]) - 1}", key).removeprefix("stem.")
+    key = re.sub(r"shortcut\.norm\.", "downsample.1.", key)
+    key = re.sub(r"shortcut\.", "downsample.0.", key)
+    return re.sub(r"conv(\d)\.norm\.", r"bn\1.", key)
+
+
+def torchvision_name(tensors: Mapping[str, Any]) -> str | None:
+    """The torchvision network that has these tensors, as their shapes show; None if none does."""
+    blocks: dict[int, set[int]] = {}
+    for key in tensors:
+        if m := _IN_STAGE.match(key):
+            blocks.setdefault(int(m[1]), set()).add(int(m[2]))
+    counts = tuple(len(blocks.get(stage, ())) for stage in range(1, 5))
+    bottleneck = "layer1.0.conv3.weight" in tensors
+    middle = tensors.get("layer1.0.conv2.weight" if bottleneck else "layer1.0.conv1.weight")
+    if middle is None or len(middle.shape) != 4:
+        return None
+    return _NAMES.get((counts, middle.shape[0], middle.shape[1] if bottleneck else None))
+
+
+def stem_of(tensors: Mapping[str, Tensor]) -> str:
+    """`cifar` where the first convolution is 3×3, else `imagenet`."""
+    first = tensors.get("conv1.weight")
+    return "cifar" if first is not None and first.shape[-1] == 3 else "imagenet"

@@ -95,8 +95,8 @@ def start(device: str = "auto") -> World:
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ValueError: a CUDA device was asked for and there is none, or fewer than local ranks; or
-            the environment holds no sensible `timeout`.
+        ValueError: a CUDA device was asked for and there is none, or fewer than local ranks;
+            the environment holds no sensible `timeout`; the ranks cannot meet.
     """
     local_rank, patience = int(os.environ.get("LOCAL_RANK", "0")), timeout()
     if device == "auto":
@@ -117,7 +117,13 @@ def start(device: str = "auto") -> World:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(0, 1, where)
     backend = "nccl" if where.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=patience)
+    try:
+        dist.init_process_group(backend, timeout=patience)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where_to = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        first = str(error).partition("\n")[0]
+        mend = "set MASTER_PORT to a free port" if "EADDRINUSE" in first else "look there first"
+        raise ValueError(f"the ranks cannot meet at {where_to}: {mend} ({first})") from error
     control, patient = (
         cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=each))
         for each in (patience, PATIENCE)

@@ -21,7 +21,7 @@ from types import FrameType
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-_KEY = "first"
+_KEY, _LEFT = "first", "- has left"
 PATIENCE = 10.0  # seconds that a rank has to end by itself once another one has failed
 _INTERVAL = 1.0  # seconds between heartbeats
 _ANSWER = 5.0  # seconds that a store may take
@@ -44,6 +44,7 @@ class Failures:
         self._store: Store | None = None
         self._beats = 0  # that the store has taken
         self._first: str | None = None
+        self._left, self._speaking = False, threading.Lock()
         if store is not None:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = PrefixStore(f"byol_fast/failure/{attempt}", store)
@@ -86,6 +87,16 @@ class Failures:
             for target in (self._beat, self._watch):
                 threading.Thread(target=target, name="failures", daemon=True).start()
 
+    def leave(self) -> None:
+        """Tell the others that this rank is silent from now on because it has finished."""
+
+        def say(store: Store) -> None:
+            with self._speaking:
+                self._left = True
+                store.set(f"beat/{self.rank}", _LEFT)
+
+        self._within_limit(say)
+
     def _watch(self) -> None:
         """Needs no store: that may never answer again."""
         silent, beats = 0.0, 0
@@ -117,10 +128,12 @@ class Failures:
         following, heard, silent = (self.rank + 1) % self.size, b"", 0.0
         while self._first is None:
             try:
-                store.set(f"beat/{self.rank}", f"{self._beats} {_place()}")
+                with self._speaking:
+                    if not self._left:
+                        store.set(f"beat/{self.rank}", f"{self._beats} {_place()}")
                 key = f"beat/{following}"
                 said = store.get(key) if store.check([key]) else b""
-                silent = silent + _INTERVAL if said == heard else 0.0
+                silent = silent + _INTERVAL if said == heard != _LEFT.encode() else 0.0
                 heard = said
                 if silent > self.silence:
                     text = f"rank {following} has been silent for {silent:.0f} s: it hangs, or "

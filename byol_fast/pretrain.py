@@ -85,6 +85,8 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
             if world.size > 1 and "timed out" in str(error).lower():
                 print(f"where the ranks are: {notes.whereabouts()}", file=sys.stderr, flush=True)
         return Exit.FAILED
+    finally:
+        notes.leave()
     return Exit.DONE
 
 

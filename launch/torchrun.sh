@@ -35,9 +35,13 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [[ ${NNODES:-1} != 1 ]]; then
     [[ -n ${NODE_RANK:-} ]] || die "NNODES=$NNODES, so set NODE_RANK to this machine's number, from 0"
     [[ -n ${MASTER_ADDR:-} ]] || die "NNODES=$NNODES, so set MASTER_ADDR to the first machine's address"
+    port=${MASTER_PORT:-29500}
+    if [[ $NODE_RANK == 0 ]] && (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+        die "port $port of this machine is in use: set MASTER_PORT to another one, on every machine"
+    fi
     # The first machine holds the meeting's store whatever name it was called by.
     meeting=(--nnodes="$NNODES" --rdzv_backend=c10d --rdzv_id="${RUN_ID:-byol}"
-        --rdzv_endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}"
+        --rdzv_endpoint="$MASTER_ADDR:$port"
         --rdzv_conf="is_host=$((NODE_RANK == 0))" ${LOCAL_ADDR:+--local_addr="$LOCAL_ADDR"})
 else
     meeting=(--standalone)

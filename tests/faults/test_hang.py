@@ -65,3 +65,26 @@ def test_f12_the_time_limit_is_checked(runs, tmp_path: Path):
     run = runs(tmp_path / "run", *SMALL, fault=fault)
     assert run.wait() == 2
     assert "BYOL_FAST_TIMEOUT must be a number of seconds" in run.said
+
+
+SLOW_END = (
+    SHORT
+    + """
+import time
+from byol_fast import outcome
+real = outcome.finish
+def finish(trainer, folder):
+    time.sleep(10)
+    real(trainer, folder)
+outcome.finish = finish
+"""
+)
+
+
+@pytest.mark.dist
+def test_a_rank_that_has_finished_is_not_taken_for_one_that_hangs(runs, tmp_path: Path):
+    """Rank 0 exports and reports for longer than a rank may be silent."""
+    run = runs(tmp_path / "run", *SMALL, ranks=2, fault=SLOW_END)
+    run.wait()
+    assert run.codes == {0: 0, 1: 0}, run.said
+    assert "silent" not in run.said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 from faults.harness import HERE, LIMIT, ROOT, wait_until
 
 from byol_fast import metrics
@@ -34,6 +34,21 @@ exec {sys.executable} "${{words[@]}}"
 """)
     path.chmod(0o755)
     return path
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of a process's children, theirs, and so on."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found, todo = [], [pid]
+    while todo:
+        parent = todo.pop()
+        children = [child for child, its in parents.items() if its == parent]
+        found += children
+        todo += children
+    return found
 
 
 class Torchrun:
@@ -81,12 +96,12 @@ class Torchrun:
     def ranks(self) -> dict[int, int]:
         """Process ids by rank, of those that have begun."""
         found = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        for pid in descendants(self.process.pid):
             try:
-                if "RANK" in (env := child.environ()):
-                    found[int(env["RANK"])] = child.pid
-            except psutil.Error:  # it has just ended
+                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:  # it has just ended
                 continue
+            found |= {int(word[5:]): pid for word in words if word.startswith(b"RANK=")}
         return found
 
     def wait_for_step(self, step: int, limit: float = LIMIT) -> None:
@@ -104,14 +119,8 @@ class Torchrun:
 
     def close(self) -> None:
         """Kill what is left of it."""
-        try:
-            family = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.Error:
-            family = []
-        for each in family:
-            try:
-                each.send_signal(signal.SIGKILL)
-            except psutil.Error:
-                continue
+        for pid in descendants(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()

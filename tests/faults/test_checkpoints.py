@@ -144,10 +144,10 @@ def test_f2_full_disk(runs, tmp_path: Path):
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A file system of 1.5 MB, where this user may mount one."""
+    """A file system of 2.5 MB, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2560k", "tmpfs", str(disk)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no tmpfs may be mounted here: {done.stderr.strip()}")
@@ -157,8 +157,9 @@ def small_disk(tmp_path: Path):
 
 def test_f2_too_little_room_is_said_before_writing(runs, small_disk: Path):
     out = small_disk / "run"
-    assert runs(out, *LARGE, "--max-steps", 4).wait() == 0
-    (small_disk / "others").write_bytes(bytes(700_000))
+    first = runs(out, *LARGE, "--max-steps", 4)
+    assert first.wait() == 0, first.said
+    (small_disk / "others").write_bytes(bytes(1_200_000))
     run = runs(out, *LARGE)
     assert run.wait() == 1, run.said
     assert "it needs" in run.said and "are free in" in run.said

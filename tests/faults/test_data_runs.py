@@ -193,11 +193,13 @@ def test_a_loader_thread_that_crashes_takes_the_process_along_and_repeating_mend
 ) -> None:
     """A fault in a decoder's compiled code: the process is gone at once, never half alive."""
     out = tmp_path / "run"
+    assert run(unlabelled, out, "--max-steps", 1) == 0  # its checkpoint is on the disk
     words = [sys.executable, "-c", CRASHING, tmp_path / "crashed", int(signal.SIGSEGV)]
     words += ["--data", unlabelled, "--out", out, *SHORT, "--checkpoint.every", "1"]
     words += ["--max-steps", "5", "--threads", "2"]
     first = ended([*map(str, words)], limit=120)
     assert first.code == -signal.SIGSEGV and (tmp_path / "crashed").exists()
+    capsys.readouterr()
     assert run(unlabelled, out, "--checkpoint.every", 1, "--max-steps", 5) == 0
     told = capsys.readouterr().err
     assert "resumed at step" in told and "resumed at step 5" not in told

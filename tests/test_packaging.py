@@ -202,8 +202,9 @@ def modules_called() -> list[tuple[str, list[str]]]:
     calls = []
     for _, words in commands():
         if "-m" in words and words[0] in ("python", "torchrun"):
-            at = words.index("-m")
-            calls.append((words[at + 1], words[at + 2 :]))
+            module, *arguments = words[words.index("-m") + 1 :]
+            first = arguments[0].split("|") if arguments else []  # a row may show `knn|linear`
+            calls += [(module, [each, *arguments[1:]]) for each in first] or [(module, arguments)]
     return calls
 
 

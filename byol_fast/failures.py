@@ -44,7 +44,8 @@ class Failures:
         self._store: Store | None = None
         self._beats = 0  # that the store has taken
         self._first: str | None = None
-        self._left, self._speaking = False, threading.Lock()
+        self._gone = self._left = False
+        self._speaking = threading.Lock()
         if store is not None:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = PrefixStore(f"byol_fast/failure/{attempt}", store)
@@ -141,13 +142,13 @@ class Failures:
                 if store.check([_KEY]):
                     self._first = store.get(_KEY).decode()
             except Exception:  # whatever c10d raises: the store may be in rank 0's process
-                self._first = "rank 0, which holds the store, is gone"
+                self._gone, self._first = True, "rank 0, which holds the store, is gone"
             self._beats += 1
             time.sleep(_INTERVAL)
 
     def _within_limit(self, ask: Callable[[Store], str | None]) -> str | None:
         """What a store answers; None if it has died with its rank, or is silent."""
-        if self._store is None:
+        if self._store is None or self._gone:  # c10d prints a page for each try
             return None
         answers: list[str | None] = []
         store = self._store

@@ -43,9 +43,15 @@ def data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, help="labelled training images: class folders, a list, .npz")
     add("--test-data", help="labelled test images; else a fixed fifth of --data is held out")
+    root_flags(parser)
+    out_flag(parser)
+
+
+def root_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the images of a list lie."""
+    add = parser.add_argument
     add("--root", help="folder of the images that lists name; else the list's own")
     add("--test-root", help="the same for the list in --test-data; else --root")
-    out_flag(parser)
 
 
 def cache_flags(parser: argparse.ArgumentParser) -> None:

@@ -33,8 +33,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """The command line these protocols share."""
     common.weights_flags(parser)
     add = parser.add_argument
-    add("--data", required=True, help="VOC2007 (or VOCdevkit), class folders or .npz")
+    add("--data", required=True, help="VOC2007 (or VOCdevkit), class folders, a list, .npz")
     add("--test-data", help="test images; else VOC's own list, or a fixed fifth of --data")
+    common.root_flags(parser)
     common.out_flag(parser)
     common.cache_flags(parser)
     common.quick_flag(parser)

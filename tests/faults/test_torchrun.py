@@ -55,6 +55,14 @@ def test_f11_kill_one_of_two_ranks(python: Path, images: Path, tmp_path: Path):
         run.close()
 
 
+def ended(pid: int) -> bool:
+    """Whether a process has ended; its parent may hang, and not have asked what became of it."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
 def in_namespaces() -> bool:
     """Whether two network namespaces can be joined here: root, and iproute2."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
@@ -134,7 +142,7 @@ def test_two_machines_train_to_the_end(python: Path, images: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, 1] if TRIES > 3 else [1])
 def test_a_machine_s_torchrun_is_killed(
     python: Path, images: Path, tmp_path: Path, machines, lost: int
 ):
@@ -146,9 +154,7 @@ def test_a_machine_s_torchrun_is_killed(
         assert len(ranks) == 2
         nodes[lost].process.kill()
         assert nodes[1 - lost].wait(SECONDS * 2) == 1
-        wait_until(
-            lambda: not any(Path(f"/proc/{p}/cmdline").exists() for p in ranks), "ranks' end"
-        )
+        wait_until(lambda: all(map(ended, ranks)), "the end of both ranks")
         said = "".join(node.said for node in nodes)
         # Without torchrun 0, which holds the meeting, torchrun 1 may end its rank first.
         assert lost == 0 or "its torchrun is gone" in said, said[-3000:]
@@ -169,6 +175,6 @@ def test_a_cable_is_pulled(python: Path, images: Path, tmp_path: Path, machines)
         ip(f"-n {machines[0][0][-1]} link set veth0 down")
         cut_off = nodes[1].ranks()[1]
         assert nodes[0].wait(SECONDS * 2) == 1
-        wait_until(lambda: not Path(f"/proc/{cut_off}/cmdline").exists(), "rank 1's end", SECONDS)
+        wait_until(lambda: ended(cut_off), "rank 1's end", SECONDS)
         assert "rank 0, which holds the store, has been silent" in nodes[1].said
         assert "rank 1 has been silent" in nodes[0].said or "(silent)" in nodes[0].said

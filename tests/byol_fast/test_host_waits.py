@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from benchmarks.host_reads import HostReads
 from byol_fast import config as configuration
 from byol_fast import pretrain
+from byol_fast import trainer as trainer_module
 from byol_fast.assemble import assemble
 from byol_fast.compiled import Networks, as_they_stand
 from byol_fast.distributed import World
 from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
-from byol_fast.step import train_step
+from byol_fast.signals import StopSignal
+from byol_fast.step import StepOutput, train_step
 
 HOST = World(0, 1, torch.device("cpu"))
 
@@ -132,13 +134,6 @@ def test_steps_leave_no_tensors_behind() -> None:
     assert tensors() == before
 
 
-class ReadsFinite:
-    """In place of the tensor in which the trainer notes whether all losses were finite."""
-
-    def __iand__(self, finite: Tensor) -> Tensor:
-        return torch.tensor(bool(finite))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[Any]]]:
     """A trainer of a tiny run on one process, and views for its steps."""
@@ -149,20 +144,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[An
         ["--recipe", "quickstart", "--data", str(data), "--out", str(root / "run"), *small.split()]
     )
     with contextlib.ExitStack() as stack:
-        store, eval_store = pretrain._open_data(config, HOST)
+        with StopSignal() as signal:
+            store, eval_store = pretrain._open_data(config, HOST, signal)
         resolved = pretrain._resolve(config, store, HOST)
         trainer, _ = assemble(resolved, store, eval_store, HOST, stack)
         yield trainer, list(trainer.pipeline.steps(0, 4))
 
 
-def test_a_trainers_step_reads_nothing_back(run: tuple[Any, list[Any]]) -> None:
+def test_a_trainers_step_reads_nothing_back(
+    run: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the guard, which reads its flag on a CPU; on a GPU the kernels of the update do."""
     trainer, views = run
+
+    def unguarded(*args: Any, guard: Any, **kwargs: Any) -> StepOutput:
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "train_step", unguarded)
+    monkeypatch.setattr(trainer, "_finite", lambda output: output.loss.isfinite())
     assert trainer.probe is not None  # it steps too
     trainer._one_step(iter(views[:1]))  # the first one saves pairs of views
     with HostReads() as seen:
         trainer._one_step(iter(views[1:2]))
     assert seen.reads == []
-    trainer._finite = ReadsFinite()
+    monkeypatch.setattr(trainer, "_finite", lambda output: torch.tensor(bool(output.loss > 0)))
     with HostReads() as seen:
         trainer._one_step(iter(views[2:3]))
     assert len(seen.reads) == 1

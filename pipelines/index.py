@@ -119,13 +119,14 @@ def _unchanged(index: Index) -> bool:
 
 def warn_of(index: Index | TarIndex) -> None:
     """Logs what is odd about the data, and how many images are left out."""
+    root = printable(str(index.root))
     for note in index.notes:
-        log.warning("%s: %s", index.root, note)
+        log.warning("%s: %s", root, printable(note))
     if index.bad:
         log.warning(
             "%s: %d of %d images cannot be used and are left out (the first: %s: %s); "
             "python -m pipelines.index names them all",
-            index.root,
+            root,
             len(index.bad),
             len(index) + len(index.bad),
             printable(index.bad[0].path),
@@ -143,10 +144,11 @@ def refuse_if_bad(index: Index | TarIndex, max_bad_share: float = 0.05) -> None:
     if len(index) and bad <= max_bad_share * (len(index) + bad):
         return
     named = "; ".join(f"{printable(b.path)}: {b.reason}" for b in index.bad[:3])
+    root = printable(str(index.root))
     raise DataError(
-        f"{index.root}: {bad} of {len(index) + bad} images cannot be used, which is more than "
+        f"{root}: {bad} of {len(index) + bad} images cannot be used, which is more than "
         f"{max_bad_share:.1%} ({named}{'; …' if bad > 3 else ''}): remove or replace them; "
-        f"python -m pipelines.index {shlex.quote(str(index.root))} names them all"
+        f"python -m pipelines.index {shlex.quote(root)} names them all"
     )
 
 

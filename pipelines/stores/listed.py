@@ -123,18 +123,19 @@ class ListStore:
     def _judge(self, max_bad_share: float) -> None:
         if not self.bad:
             return
-        total = len(self) + len(self.bad)
+        total, path = len(self) + len(self.bad), printable(str(self.path))
         some = "; ".join(f"{name}: {why}" for name, why in self.quarantined[:3])
         some += "; …" if len(self.bad) > 3 else ""
         if not len(self) or len(self.bad) > max_bad_share * total:
             raise DataError(
-                f"{self.path}: {len(self.bad)} of {total} listed images cannot be used, more than "
-                f"{max_bad_share:.1%} ({some}): paths are looked up below {self.root}; name "
+                f"{path}: {len(self.bad)} of {total} listed images cannot be used, more than "
+                f"{max_bad_share:.1%} ({some}): paths are looked up below "
+                f"{printable(str(self.root))}; name "
                 "another folder with --root, or mend the list"
             )
         log.warning(
             "%s: %d of %d listed images cannot be used and are left out (%s)",
-            self.path,
+            path,
             len(self.bad),
             total,
             some,

@@ -46,6 +46,8 @@ class Failures:
         self._first: str | None = None
         self._gone = self._left = False
         self._speaking = threading.Lock()
+        # Called with the cause, from a thread, before this process is ended for another's failure.
+        self.last_words: Callable[[str], None] | None = None
         if store is not None:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = PrefixStore(f"byol_fast/failure/{attempt}", store)
@@ -114,6 +116,7 @@ class Failures:
                 print(f"rank {self.rank}: its torchrun is gone", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(PATIENCE)
+        self._say_last_words()
         print(
             f"error on rank {self.rank}: still waiting {PATIENCE:.0f} s after another rank has "
             f"ended, so it ends too ({self._first})",
@@ -121,6 +124,13 @@ class Failures:
             flush=True,
         )
         os._exit(1)
+
+    def _say_last_words(self) -> None:
+        """Within a limit: the disk may be what everybody waits for."""
+        if self.last_words is not None and self._first is not None:
+            said = threading.Thread(target=self.last_words, args=(self._first,), daemon=True)
+            said.start()
+            said.join(_ANSWER)
 
     def _beat(self) -> None:
         """Say that this rank lives, hear whether the next one does, and look for a failure."""

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from byol_fast.signals import StopSignal
 
 if TYPE_CHECKING:
     from byol_fast.distributed import World
+    from byol_fast.failures import Failures
     from byol_fast.recipes import Resolved
     from byol_fast.runfolder import RunFolder
     from byol_fast.split import Split
@@ -59,7 +61,7 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
     notes = failures.of_this_process(world.rank, silence=silence)
     notes.watch()
     try:
-        pretrain(call, world, signal)
+        pretrain(call, world, signal, notes)
     except DataError as error:
         return _failed(Exit.DATA, error)
     except (_Mistake, MissingBackend) as error:
@@ -90,7 +92,7 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
     return Exit.DONE
 
 
-def pretrain(call: PretrainCall, world: World, signal: StopSignal) -> None:
+def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failures) -> None:
     """One session of a run: from the data and the newest checkpoint to the exported backbone."""
     from byol_fast.assemble import assemble
     from byol_fast.outcome import finish
@@ -109,6 +111,8 @@ def pretrain(call: PretrainCall, world: World, signal: StopSignal) -> None:
         with _mistakes():
             trainer, folder = assemble(resolved, store, eval_store, world, stack)
         outcome, reason = "failed", ""
+        if world.is_main:
+            notes.last_words = partial(_close, trainer, folder, "failed")
         try:
             if trainer.run(signal):
                 outcome = "done"
@@ -121,10 +125,11 @@ def pretrain(call: PretrainCall, world: World, signal: StopSignal) -> None:
             outcome, reason = "preempted", str(error)
             raise
         except BaseException as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = notes.noted() or f"{type(error).__name__}: {error}"
             raise
         finally:
             if world.is_main:
+                notes.last_words = None
                 _close(trainer, folder, outcome, reason)
 
 

@@ -27,6 +27,8 @@ def test_f12_a_stopped_rank_is_named(runs, tmp_path: Path, stopped: int):
     assert time.monotonic() - began < LIMIT
     assert run.codes[other] == 1
     assert f"rank {stopped}" in run.said and "silent" in run.said, run.said
+    if stopped == 1:  # rank 0 keeps the status
+        assert run.status["state"] == "failed"
     run.kill(stopped)
 
 

@@ -36,12 +36,14 @@ class Change(NamedTuple):
     with_it: dict[str, Any]
     without: dict[str, Any]
     predicted: str  # on an H200 at 256 images; in brackets at 64
-    anywhere: bool = False  # whether it means something without a GPU
+    devices: tuple[str, ...] = ("cuda",)  # where it means something
 
+
+_ANY = ("cuda", "cpu")
 
 _EAGER = {"engine": "eager"}
 CHANGES = (
-    Change("channels_last", _EAGER, {**_EAGER, "channels_last": False}, "1.45-1.7", True),
+    Change("channels_last", _EAGER, {**_EAGER, "channels_last": False}, "1.45-1.7", _ANY),
     Change("compiled", {"engine": "compile"}, _EAGER, "1.2-1.35"),
     Change("captured", {"engine": "graph"}, {"engine": "compile"}, "1.01-1.03 (1.2-1.5)"),
     Change("fused LARS and EMA, not foreach", _EAGER, {**_EAGER, "optimizer": "foreach"}, "1.01"),
@@ -50,14 +52,14 @@ CHANGES = (
         {**_EAGER, "optimizer": "foreach"},
         {**_EAGER, "optimizer": "reference"},
         "1.04-1.08 (1.15-1.35)",
-        True,
+        _ANY,
     ),
     Change(
         "both views in one pass",
         _EAGER,
         {**_EAGER, "one_pass": False},
         "1.01-1.03 (1.1-1.3)",
-        True,
+        _ANY,
     ),
     Change("bf16, not fp16", _EAGER, {**_EAGER, "precision": "fp16"}, "below 1: eager BatchNorm"),
     Change(
@@ -65,6 +67,20 @@ CHANGES = (
         {"engine": "compile", "conv_1x1_as_mm": True},
         {"engine": "compile"},
         "0.95-1.05: cuDNN does such convolutions as products too",
+    ),
+    Change(
+        "the guard against non-finite steps, a cost",
+        _EAGER,
+        {**_EAGER, "guarded": False},
+        "0.98-1.0",
+        _ANY,
+    ),
+    Change(
+        "convolutions trimmed",
+        _EAGER,
+        {**_EAGER, "trimmed": False},
+        "not on a GPU; on a CPU up to 2 below 64 pixels, none at 224",
+        ("cpu",),
     ),
     Change("cuDNN's search", _EAGER, {**_EAGER, "cudnn_benchmark": False}, "1.0-1.1"),
 )
@@ -84,8 +100,9 @@ def measure(
     for change in CHANGES:
         if only is not None and change.name not in only:
             continue
-        if world.device.type != "cuda" and not (change.anywhere or only):
-            gains[change.name] = {"left_out": "needs a GPU", "predicted": change.predicted}
+        if world.device.type not in change.devices and not only:
+            why = f"only on {' and '.join(change.devices)}"
+            gains[change.name] = {"left_out": why, "predicted": change.predicted}
         else:
             try:
                 pair = [

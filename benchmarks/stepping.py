@@ -17,8 +17,10 @@ from benchmarks.hardware import percentiles
 from byol_fast.compiled import as_they_stand, compiled
 from byol_fast.distributed import World, data_parallel
 from byol_fast.graphed import GraphedStep, refusal, side_stream
+from byol_fast.guard import Guard
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
+from byol_fast.small_maps import trim
 from byol_fast.step import AUTOCAST, StepOutput, train_step
 
 # One image is two views; each takes a target forward, an online forward, and a backward of twice
@@ -28,7 +30,7 @@ FORWARDS_OF_AN_IMAGE = 8
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What is measured. Each of the last six is an optimisation that can be taken away or tried."""
+    """What is measured. The last eight can be taken away or tried."""
 
     backbone: str = "resnet50"
     image_size: int = 224
@@ -39,6 +41,8 @@ class StepSettings:
     channels_last: bool = True
     one_pass: bool = True  # both views in one forward, statistics apart
     cudnn_benchmark: bool = True
+    guarded: bool = True  # a step that is not finite changes nothing
+    trimmed: bool = True  # on a CPU: convolutions without the taps that see padding alone
     conv_1x1_as_mm: bool = False  # Inductor's: forward 1x1 convolutions with stride 1 as products
 
     @property
@@ -74,6 +78,8 @@ class StepBench:
             model = model.to(memory_format=torch.channels_last)
         else:
             self.views = self.views.contiguous()
+        if settings.trimmed and self.device.type == "cpu":
+            trim(model)
         self.model = model
         networks = as_they_stand(model)
         if settings.engine != "eager":
@@ -95,9 +101,12 @@ class StepBench:
         with side_stream(self.device) if settings.engine == "graph" else nullcontext():
             networks = replace(networks, online=data_parallel(networks.online, world))
         self.optimizer = LARS(param_groups(model.online, 1.5e-6), 0.1, impl=settings.optimizer)
+        self.guard = Guard(model, window=1) if settings.guarded else None
         self.networks, self.graphed = networks, None
         if settings.engine == "graph":
-            self.graphed = GraphedStep(model, networks, self.optimizer, autocast_dtype=self.dtype)
+            self.graphed = GraphedStep(
+                model, networks, self.optimizer, autocast_dtype=self.dtype, guard=self.guard
+            )
         self.scaler = torch.amp.GradScaler("cuda") if settings.precision == "fp16" else None
 
     def step(self) -> StepOutput:
@@ -113,6 +122,7 @@ class StepBench:
             decay=0.99,
             autocast_dtype=self.dtype,
             scaler=self.scaler,
+            guard=self.guard,
         )
 
 
@@ -142,7 +152,9 @@ def work_of_an_image(settings: StepSettings) -> tuple[float, float]:
     Counted over the operations of a step on the CPU; what is kept in floats counts with the bytes
     of `settings.precision`, and nothing twice.
     """
-    small = replace(settings, batch=2, precision="fp32", engine="eager", optimizer="reference")
+    small = replace(
+        settings, batch=2, precision="fp32", engine="eager", optimizer="reference", trimmed=False
+    )
     bench = StepBench(small, World(0, 1, torch.device("cpu")))
     weights = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
     kept: dict[int, torch.Tensor] = {}  # tensors, so that no address is used again

@@ -21,6 +21,7 @@ from byol_fast.optim import LARS, param_groups
 from byol_fast.probe import OnlineProbe
 from byol_fast.recipes import Resolved
 from byol_fast.runfolder import RunFolder
+from byol_fast.small_maps import trim
 from byol_fast.step import AUTOCAST
 from byol_fast.trainer import RunPlan, Trainer
 from pipelines.errors import DataError
@@ -169,6 +170,8 @@ def _build_model(config: Config, world: World) -> BYOL:
         stem=config.model.stem,
         bn_sync=statistics_group(config.model.bn_sync, world),
     )
+    if world.device.type == "cpu":
+        trim(model)
     return model.to(world.device).to(memory_format=torch.channels_last)
 
 

@@ -43,11 +43,6 @@ class Networks:
     meta: dict[str, Any] = field(default_factory=dict)  # of byol_fast's own files
 
     @property
-    def backbone_name(self) -> str | None:
-        """torchvision's name, as the shapes show."""
-        return resnet.torchvision_name(self.parts.get(BACKBONE, {}))
-
-    @property
     def stem(self) -> str:
         return resnet.stem_of(self.parts.get(BACKBONE, {}))
 

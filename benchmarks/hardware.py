@@ -12,13 +12,6 @@ import torch
 from benchmarks.host_reads import HostReads
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or how many cores this process may use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def percentiles(values: np.ndarray) -> list[float]:
     """p20, p50, p80."""
     return [float(f"{v:.4g}") for v in np.percentile(values, [20, 50, 80])]

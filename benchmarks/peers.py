@@ -86,24 +86,26 @@ def measure(
                 some = hardware.step_seconds(call, world.device, part, clock)
                 into[name].append(float(np.median(some)))
     for name in calls:
-        rate = settings.batch / np.array(seconds[name])
-        ratio = np.array(seconds[name]) / np.array(seconds["byol_fast"])
-        milliseconds = percentiles(1000 * np.array(updates[name]))
-        low, middle, high = percentiles(rate)
-        result[name] = {
-            "images_per_second_per_gpu": [low, middle, high],
-            "ours_over_theirs": percentiles(ratio),
-            "update_ms": milliseconds,
-            "ours_over_their_update": percentiles(
-                np.array(updates[name]) / np.array(updates["byol_fast"])
-            ),
-            "n": rounds,
-            "text": (
-                f"{middle:.1f} ({low:.1f}-{high:.1f}) images/s, ours {np.median(ratio):.2f}x; "
-                f"optimizer and average {milliseconds[1]:.2f} ms"
-            ),
-        }
+        ours, theirs = ((seconds[each], updates[each]) for each in ("byol_fast", name))
+        result[name] = _row(settings.batch, np.array(ours), np.array(theirs))
     return result
+
+
+def _row(batch: int, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Seconds `[2, rounds]` of step and update, as a row."""
+    ratio, milliseconds = theirs[0] / ours[0], percentiles(1000 * theirs[1])
+    low, middle, high = percentiles(batch / theirs[0])
+    return {
+        "images_per_second_per_gpu": [low, middle, high],
+        "ours_over_theirs": percentiles(ratio),
+        "update_ms": milliseconds,
+        "ours_over_their_update": percentiles(theirs[1] / ours[1]),
+        "n": len(ratio),
+        "text": (
+            f"{middle:.1f} ({low:.1f}-{high:.1f}) images/s, ours {np.median(ratio):.2f}x; "
+            f"optimizer and average {milliseconds[1]:.2f} ms"
+        ),
+    }
 
 
 def _ours(settings: StepSettings, world: World) -> tuple[Step, Step]:

@@ -24,7 +24,6 @@ from pipelines.spec import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.stores import Store
 
 BICUBIC = F.InterpolationMode.BICUBIC
-KINDS = ("pil crops", "pil views", "lightly transform", "torchvision v2")
 
 Views = list[Tensor]  # an image's two, or a batch's two
 Item = Callable[[str, np.ndarray], Views]  # path and the plan's windows [2, 4] to views

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +19,23 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from byol_fast import checkpoint
 from byol_fast._version import __version__
 from byol_fast.backbone import HiddenOutput, build_backbone, feature_dim
 from byol_fast.errors import CheckpointError
+from byol_fast.weights import METADATA_KEY, Weights, foreign, read_weights, some
 
-_KEY = "byol_fast"  # of the safetensors metadata
+__all__ = [
+    "Weights",
+    "build",
+    "export_backbone",
+    "load_backbone",
+    "plain_tensors",
+    "read_weights",
+    "write_atomically",
+    "write_bytes",
+]
+
 _NEEDED = ("backbone", "stem", "hidden_layer", "image_size")
-_ONLINE = "online.encoder.backbone."  # where a training checkpoint keeps the backbone
-_EXPORTS = ("exports/backbone.safetensors", "backbone.safetensors")  # in a run folder
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A backbone's tensors as read from `file`, and what the file says about them."""
-
-    file: Path
-    tensors: dict[str, Tensor]  # torchvision's keys where it is a torchvision network
-    meta: dict[str, Any]  # {} for a plain state dict, which describes nothing
-
-    @property
-    def sha256(self) -> str:
-        return checkpoint.file_hash(self.file)
 
 
 def export_backbone(
@@ -70,7 +64,7 @@ def export_backbone(
         "version": __version__,
     }
     try:
-        described = {"format": "pt", _KEY: json.dumps(about)}
+        described = {"format": "pt", METADATA_KEY: json.dumps(about)}
     except TypeError as error:
         raise ValueError(f"meta must hold plain JSON values: {error}") from error
     tensors = plain_tensors(backbone)
@@ -111,43 +105,6 @@ def load_backbone(
     return build(read_weights(path), **given, image_size=image_size, device=device)  # type: ignore[arg-type]
 
 
-def read_weights(path: Path | str) -> Weights:
-    """The backbone's tensors in a file or run folder; raises as `load_backbone` does."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return _from_folder(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist: name an exported backbone (.safetensors, .pth), a run folder "
-            "or a checkpoint (step-*.pt)"
-        )
-    if path.suffix == ".safetensors":
-        return _from_safetensors(path)
-    if path.with_name(path.name + ".sha256").is_file():
-        return _from_training(path, checkpoint.load(path))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise CheckpointError(
-            f"{path} is not a file of plain tensors and was not loaded, nothing in it was "
-            f"executed: it is damaged, or a pickle of program objects ({_first_line(error)}). "
-            + (_foreign(path) or "Export the weights again as .safetensors or as a state dict")
-        ) from error
-    if isinstance(content, dict) and "hyper" in content and "model" in content:
-        return _from_training(path, content)
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(value, Tensor) for value in content.values())
-    ):
-        found = f"with the keys {_some(content)}" if isinstance(content, dict) else ""
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__} {found}, not a state dict. "
-            + (_foreign(path) or "Save the backbone's own state_dict()")
-        )
-    return Weights(path, content, {})
-
-
 def build(
     weights: Weights,
     *,
@@ -161,7 +118,7 @@ def build(
     meta = weights.meta
     backbone = meta.get("backbone") if backbone is None else backbone
     own_module = isinstance(backbone, nn.Module)  # whose keys are its own affair
-    if not meta and not own_module and (hint := _foreign(weights.file, weights.tensors)):
+    if not meta and not own_module and (hint := foreign(weights.file, weights.tensors)):
         raise CheckpointError(f"{weights.file} holds the weights of another project. {hint}")
     if backbone is None:
         raise ValueError(
@@ -229,7 +186,7 @@ def _fill(net: nn.Module, weights: Weights, name: str) -> None:
         shapes = [f"{k} {[*tensors[k].shape]} instead of {[*own[k].shape]}" for k in differ]
         listed = {"missing": missing, "unknown": extra, "other shape": shapes}
         what = "; ".join(
-            f"{len(keys)} {how} ({_some(keys)})" for how, keys in listed.items() if keys
+            f"{len(keys)} {how} ({some(keys)})" for how, keys in listed.items() if keys
         )
         raise ValueError(
             f"the weights in {weights.file} do not fit {name}: {what}. "
@@ -260,62 +217,5 @@ def plain_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _foreign(path: Path, keys: Iterable[str] | None = None) -> str:
-    """How to import a file of another project; "" if it is none, or one that is not known."""
-    from byol_fast.interop import describe, layouts  # which import this module
-
-    if keys is not None and (found := layouts.find(layouts.clean(keys).values())):
-        return "" if found.name == "torchvision" else describe.hint(path)
-    return describe.hint(path) if keys is None else ""
-
-
-def _from_folder(folder: Path) -> Weights:
-    for name in _EXPORTS:
-        if (folder / name).is_file():
-            return _from_safetensors(folder / name)
-    for checkpoints in (folder / "checkpoints", folder):
-        if (state := checkpoint.latest(checkpoints)) is not None:
-            return _from_training(checkpoints / f"step-{state['step']:08d}.pt", state)
-    raise CheckpointError(
-        f"{folder} holds no weights: neither {_EXPORTS[0]} nor checkpoints/step-*.pt is there. "
-        "Name a run folder, or a weights file"
-    )
-
-
-def _from_safetensors(path: Path) -> Weights:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            meta = dict(json.loads((file.metadata() or {}).get(_KEY, "{}")))
-    except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors: damaged or incomplete ({_first_line(error)}). "
-            "Export or copy it again"
-        ) from error
-    if any(key.startswith(_ONLINE) for key in tensors):  # a full state: interop/state.py
-        return _from_training(path, {"model": tensors, "hyper": meta, "step": meta.get("steps")})
-    return Weights(path, tensors, meta)
-
-
-def _from_training(path: Path, state: dict[str, Any]) -> Weights:
-    tensors = {
-        key.removeprefix(_ONLINE): value
-        for key, value in state["model"].items()
-        if key.startswith(_ONLINE)
-    }
-    if not tensors:
-        raise CheckpointError(f"{path} holds no backbone (no key begins with {_ONLINE})")
-    return Weights(path, tensors, {**state["hyper"], "steps": state.get("step")})
-
-
 def _is_torchvision(name: object) -> bool:
     return name in torchvision.models.list_models(module=torchvision.models)
-
-
-def _some(names: Any, most: int = 3) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:most]) + (", …" if len(listed) > most else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

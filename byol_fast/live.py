@@ -211,10 +211,6 @@ class Panel:
         return Group(Frame(Group(*body), title=self._title, border_style="dim"))
 
 
-def _value(values: Values, name: str) -> str:
-    return short(values[name], METRICS[name].kind)
-
-
 def _handlers_of(stream: TextIO) -> list[logging.StreamHandler[Any]]:
     """Every logging handler that writes to `stream`."""
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_fast.evaluate.features import Crop, Features, complete, stream
+from byol_fast.evaluate.features import Crop, Features, Gathered, stream
 from byol_fast.evaluate.parts import Parts
 from pipelines.pipeline import choose_backend
 from pipelines.progress import Progress
@@ -106,9 +106,10 @@ class FeatureCache:
             pooling=pooling,
         )
         parts = Parts(self.root, key)
-        features, bad, done = _stored(parts, len(store), Progress(label, None, enabled=progress))
-        stored, started = done, time.perf_counter()
-        chunk = _Chunk(done, [], {}, started)
+        gathered = Gathered(store)
+        stored = _read(parts, gathered, Progress(label, None, enabled=progress))
+        started = time.perf_counter()
+        chunk = _Chunk(stored, [], {}, started)
         batches = stream(
             backbone,
             store,
@@ -119,15 +120,12 @@ class FeatureCache:
             threads=threads,
             backend=backend,
             crop=crop,
-            start=done,
+            start=stored,
             progress=progress,
             label=label,
         )
-        for rows, batch, wrong in batches if done < len(store) else ():
-            if not len(features):
-                features = torch.empty(len(store), batch.shape[1])
-            features[rows.start : rows.stop] = batch
-            bad.update(wrong)
+        for rows, batch, wrong in batches if stored < len(store) else ():
+            gathered.add(rows, batch, wrong)
             chunk.batches.append(batch)
             chunk.bad.update(wrong)
             late = time.perf_counter() - chunk.began > CHUNK_SECONDS
@@ -135,8 +133,7 @@ class FeatureCache:
                 _keep(parts, chunk)
                 chunk = _Chunk(rows.stop, [], {}, time.perf_counter())
         seconds = time.perf_counter() - started if stored < len(store) else 0.0
-        out = complete(features, store, bad, seconds)
-        return Features(out.features, out.labels, out.ids, out.bad, seconds, stored)
+        return gathered.complete(seconds, stored)
 
 
 def _keep(parts: Parts, chunk: _Chunk) -> None:
@@ -144,18 +141,16 @@ def _keep(parts: Parts, chunk: _Chunk) -> None:
     parts.write(f"{chunk.first:09d}", {"features": torch.cat(chunk.batches)}, about)
 
 
-def _stored(parts: Parts, rows: int, meter: Progress) -> tuple[Tensor, dict[int, str], int]:
-    """Features of the first rows, as far as there are chunks without a gap; `[rows, F]`."""
-    features, bad, done = torch.empty(0), dict[int, str](), 0
+def _read(parts: Parts, into: Gathered, meter: Progress) -> int:
+    """Add the first rows, as far as there are chunks without a gap; how many these are."""
+    rows, done = len(into.store), 0
     with meter:
         while done < rows and (part := parts.read(f"{done:09d}")) is not None:
             values, about = part[0]["features"], part[1]
-            if done + len(values) > rows or (done and values.shape[1] != features.shape[1]):
+            if done + len(values) > rows or (done and values.shape[1] != into.features.shape[1]):
                 break
-            if not done:
-                features = torch.empty(rows, values.shape[1])
-            features[done : done + len(values)] = values
-            bad.update({int(row): why for row, why in about["bad"].items()})
+            bad = {int(row): why for row, why in about["bad"].items()}
+            into.add(range(done, done + len(values)), values, bad)
             done += len(values)
             meter.advance(len(values))
-    return features, bad, done
+    return done

@@ -49,6 +49,43 @@ class Features:
         return self.computed / self.seconds if self.seconds else 0.0
 
 
+class Gathered:
+    """Features of the rows of `store` as they come."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.features = torch.empty(0)  # [n, F] once the first rows have come
+        self.bad: dict[int, str] = {}  # row -> reason
+
+    def add(self, rows: range, batch: Tensor, bad: dict[int, str]) -> None:
+        """Features `[len(rows), F]` of these rows; those of `bad` ones mean nothing."""
+        if not len(self.features):
+            self.features = torch.empty(len(self.store), batch.shape[1])
+        self.features[rows.start : rows.stop] = batch
+        self.bad.update(bad)
+
+    def complete(self, seconds: float, stored: int = 0) -> Features:
+        """All rows without the bad ones, once all have come.
+
+        Raises:
+            DataError: that leaves none.
+        """
+        store, bad, features = self.store, self.bad, self.features
+        unread = np.fromiter(bad, dtype=np.int64, count=len(bad))
+        kept = np.setdiff1d(np.arange(len(store)), unread)
+        if not len(kept):
+            reason = f": {next(iter(bad.values()))}" if bad else ""
+            raise DataError(f"none of the {len(store)} images could be decoded{reason}")
+        ids = torch.from_numpy(kept)
+        if bad:
+            log.warning(
+                "%d images could not be decoded and are left out of the evaluation", len(bad)
+            )
+            features = features[ids]
+        labels = torch.as_tensor(np.asarray(store.labels)[kept], dtype=torch.int64)
+        return Features(features, labels, ids, bad, seconds, stored)
+
+
 def extract(
     backbone: nn.Module,
     store: Store,
@@ -79,8 +116,7 @@ def extract(
         ValueError: the network gives something other than `[B, F]`, or non-finite numbers.
         DataError: no image could be decoded.
     """
-    started = time.perf_counter()
-    features, bad = torch.empty(0), dict[int, str]()
+    started, gathered = time.perf_counter(), Gathered(store)
     for rows, batch, wrong in stream(
         backbone,
         store,
@@ -94,11 +130,8 @@ def extract(
         progress=progress,
         label=label,
     ):
-        if not len(features):
-            features = torch.empty(len(store), batch.shape[1])
-        features[rows.start : rows.stop] = batch
-        bad.update(wrong)
-    return complete(features, store, bad, time.perf_counter() - started)
+        gathered.add(rows, batch, wrong)
+    return gathered.complete(time.perf_counter() - started)
 
 
 def stream(
@@ -137,24 +170,6 @@ def stream(
                 meter.advance(len(rows))
     finally:
         source.close()
-
-
-def complete(features: Tensor, store: Store, bad: dict[int, str], seconds: float) -> Features:
-    """Features of all rows of `store` as `Features`, without the rows that are `bad`.
-
-    Raises:
-        DataError: that leaves none.
-    """
-    kept = np.setdiff1d(np.arange(len(store)), np.fromiter(bad, dtype=np.int64, count=len(bad)))
-    if not len(kept):
-        reason = f": {next(iter(bad.values()))}" if bad else ""
-        raise DataError(f"none of the {len(store)} images could be decoded{reason}")
-    ids = torch.from_numpy(kept)
-    if bad:
-        log.warning("%d images could not be decoded and are left out of the evaluation", len(bad))
-        features = features[ids]
-    labels = torch.as_tensor(np.asarray(store.labels)[kept], dtype=torch.int64)
-    return Features(features, labels, ids, bad, seconds)
 
 
 def windows(sizes: npt.ArrayLike, crop: Crop) -> Windows:

@@ -89,10 +89,8 @@ def fit(
     )
     classes = _classes(train)
     if protocol.cached:
-        bank, queries = (
-            features(train, label="train features"),
-            features(test, label="test features"),
-        )
+        bank = features(train, label="train features")
+        queries = features(test, label="test features")
         return fit_features(
             bank, queries, classes=classes, protocol=protocol, device=device, seed=seed
         )

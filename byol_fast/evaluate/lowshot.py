@@ -75,40 +75,49 @@ def fit(
     if max(shots) > rarest:
         raise ValueError(f"k={max(shots)}, but a class has {rarest} training images only")
     x, unseen = normalised(train), normalised(test)
+    given: dict[str, Any] = {"jobs": jobs, "parts": parts, "progress": progress}
     results = []
     for k in shots:
         drawn = [draw(train_targets, k, seed=seed, sample=s) for s in range(samples)]
-        each = {
-            f"k{k:05d}-sample{s:03d}-class{c:05d}": (s, c)
-            for s in range(samples)
-            for c in range(train_targets.shape[1])
-        }
-        given: dict[str, Any] = {"jobs": jobs, "parts": parts, "progress": progress}
-        fits: list[tuple[str, tuple[Any, ...]]]
-        fits = [(name, (x, c, s, drawn, costs)) for name, (s, c) in each.items()]
-        tried = run_parts(svmfit.fit_few, fits, **given)
-        held_out = np.stack([part["held_out"] for part in tried])  # [samples * C, costs]
-        known = held_out[~np.isnan(held_out).any(axis=1)]
-        chosen = _choose(known, costs)
-        fits = [
-            (f"{name}-scores", (x, drawn[s][c], unseen, costs[chosen]))
-            for name, (s, c) in each.items()
-        ]
-        scored = run_parts(svmfit.score_few, fits, **given)
-        found = np.stack([part["scores"] for part in scored]).reshape(samples, -1, len(unseen))
-        found = found.transpose(0, 2, 1)  # [samples, m, C]
+        cost, chosen, found = _scores(k, drawn, x, unseen, costs, given)
         tops = [top1(test_targets, scores) for scores in found]
         results.append(
             LowShotResult(
                 k=k,
-                cost=costs[chosen],
-                cost_chosen=bool(len(known)),
+                cost=cost,
+                cost_chosen=chosen,
                 mean_aps=[mean_precision(test_targets, scores)[0] for scores in found],
                 top1s=[top for top in tops if top is not None],
                 negatives=max(len(rest) for _, rest in drawn[0]),
             )
         )
     return results
+
+
+def _scores(
+    k: int,
+    drawn: list[list[Draw]],  # [samples][C]
+    x: F64,  # [n, F]
+    unseen: F64,  # [m, F]
+    costs: tuple[float, ...],
+    given: dict[str, Any],  # the arguments of `run_parts`
+) -> tuple[float, bool, F64]:
+    """C, whether it was chosen, and the samples' scores of the unseen images `[samples, m, C]`."""
+    each = {
+        f"k{k:05d}-sample{s:03d}-class{c:05d}": (s, c)
+        for s, classes in enumerate(drawn)
+        for c in range(len(classes))
+    }
+    fits: list[tuple[str, tuple[Any, ...]]]
+    fits = [(name, (x, c, s, drawn, costs)) for name, (s, c) in each.items()]
+    tried = run_parts(svmfit.fit_few, fits, **given)
+    held_out = np.stack([part["held_out"] for part in tried])  # [samples * C, costs]
+    known = held_out[~np.isnan(held_out).any(axis=1)]
+    cost = costs[_choose(known, costs)]
+    fits = [(f"{name}-scores", (x, drawn[s][c], unseen, cost)) for name, (s, c) in each.items()]
+    scored = run_parts(svmfit.score_few, fits, **given)
+    found = np.stack([part["scores"] for part in scored]).reshape(len(drawn), -1, len(unseen))
+    return cost, bool(len(known)), found.transpose(0, 2, 1)
 
 
 def draw(targets: Targets, k: int, *, seed: int, sample: int) -> list[Draw]:

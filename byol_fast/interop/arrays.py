@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from byol_fast.interop.inert import Name, Opaque, Refused
+from byol_fast.interop.records import Name, Opaque, Refused
 
 _NUMERIC = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c(8|16))")
 _NUMPY = re.compile(r"numpy\.(core|_core)\.(multiarray|numeric)")

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from byol_fast.errors import CheckpointError
-from byol_fast.interop import arrays, inert
+from byol_fast.interop import arrays, records
 from byol_fast.interop.layouts import (
     BACKBONE,
     PREDICTOR,
@@ -34,18 +34,18 @@ Trees = dict[str, dict[str, Any]]
 
 def trees(tree: Any) -> Trees | None:
     """The four trees of a checkpoint by field name; None where this is no such checkpoint."""
-    outer = inert.mapping(tree)
+    outer = records.mapping(tree)
     if outer is None:
         return None
     state = outer.get("experiment_state", tree)
-    if isinstance(state, inert.Opaque):
+    if isinstance(state, records.Opaque):
         values = state.args
         if len(values) == 1 and isinstance(values[0], list | tuple):
             values = tuple(values[0])
         named = dict(zip(_FIELDS, values, strict=False))
     else:
-        named = inert.mapping(state) or {}
-    found = {name: inert.mapping(named.get(name)) for name in _FIELDS[:4]}
+        named = records.mapping(state) or {}
+    found = {name: records.mapping(named.get(name)) for name in _FIELDS[:4]}
     params = found["online_params"]
     if params is None or not any("initial_conv" in str(module) for module in params):
         return None
@@ -72,7 +72,7 @@ def networks(found: Trees, tensor: Callable[[Any], Tensor]) -> dict[str, dict[st
 def _leaves(both: list[dict[Any, Any]]) -> Iterator[tuple[str, str, Any]]:
     for tree in both:
         for module, values in tree.items():
-            for name, leaf in (inert.mapping(values) or {}).items():
+            for name, leaf in (records.mapping(values) or {}).items():
                 if arrays.is_leaf(leaf):
                     yield str(module), str(name), leaf
 

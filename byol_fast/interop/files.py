@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from byol_fast.errors import CheckpointError
-from byol_fast.interop import arrays, inert
+from byol_fast.interop import arrays, inert, records
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Content:
 
     file: Path
     container: str  # "safetensors", "torch" or "pickle"
-    tree: Any  # containers, numbers, tensors, `inert.Opaque`
+    tree: Any  # containers, numbers, tensors, `records.Opaque`
     opaque: list[str] = field(default_factory=list)  # names of objects that were not built
     tensor: Callable[[Any], Tensor] = lambda leaf: _plain(leaf)
 
@@ -110,14 +110,14 @@ def _zip(path: Path) -> Content:
             except KeyError as error:
                 raise CheckpointError(f"{path}: storage {storage.key} is missing") from error
 
-    return Content(path, "torch", tree, inert.opaque_names(tree), _reader(path, stored))
+    return Content(path, "torch", tree, records.opaque_names(tree), _reader(path, stored))
 
 
 def _pickle(path: Path, file: IO[bytes]) -> Content:
     """A pickle of arrays, or torch's format from before 1.6: five pickles, then the storages."""
     tree = inert.load(file, reduce=arrays.reduce)
     if tree != _MAGIC:
-        return Content(path, "pickle", tree, inert.opaque_names(tree), _plain)
+        return Content(path, "pickle", tree, records.opaque_names(tree), _plain)
     inert.load(file)  # version of the protocol
     inert.load(file)  # sizes of numbers on the machine that wrote it
     tree = inert.load(file, reduce=arrays.reduce, persistent=arrays.storage)
@@ -136,7 +136,7 @@ def _pickle(path: Path, file: IO[bytes]) -> Content:
             again.seek(starts[storage.key])
             return again.read(storage.elements * storage.dtype.itemsize)
 
-    return Content(path, "torch", tree, inert.opaque_names(tree), _reader(path, stored))
+    return Content(path, "torch", tree, records.opaque_names(tree), _reader(path, stored))
 
 
 def _views(tree: Any) -> list[arrays.View]:
@@ -153,7 +153,7 @@ def _views(tree: Any) -> list[arrays.View]:
             todo += value.values()
         elif isinstance(value, list | tuple | set | frozenset):
             todo += value
-        elif isinstance(value, inert.Opaque):
+        elif isinstance(value, records.Opaque):
             todo += [*value.args, value.state, value.items]
     return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from byol_fast import checkpoint, export
 from byol_fast.backbone import build_backbone
@@ -57,45 +58,10 @@ def import_file(
         OSError: disk full or read-only.
     """
     found = networks.read(file, layout)
-    part = BACKBONE if network == "online" else TARGET_BACKBONE
-    if part not in found.parts:
-        held = ", ".join(name.replace("_", " ") for name in found.parts)
-        raise ValueError(f"{found.file} holds no {network} backbone, only: {held}")
-    own, seen = found.meta, state.guess(found, network)
-    name = backbone or own.get("backbone") or seen["backbone"]
-    if name is None:
-        raise ValueError(
-            f"{found.file}: its shapes are of no torchvision ResNet; give the network's "
-            "torchvision name with --backbone, if it has one"
-        )
-    stem = stem or own.get("stem") or seen["stem"]
-    size = image_size or own.get("image_size") or (32 if stem == "cifar" else 224)
-    with torch.random.fork_rng(devices=[]):
-        net = build_backbone(
-            name,
-            stem=stem,  # type: ignore[arg-type]
-            hidden_layer=own.get("hidden_layer", -1),
-            image_size=size,
-            padding=found.padding,
-        )
-    state.fill(net, found.parts[part], f"the {network} backbone of {found.file}")
+    asked = {"backbone": backbone, "stem": stem, "image_size": image_size}
     normalisation = {"mean": list(mean) if mean else None, "std": list(std) if std else None}
-    meta: dict[str, Any] = {
-        **{key: own[key] for key in ("mean", "std") if key in own},
-        **{key: value for key, value in normalisation.items() if value},
-        "backbone": name,
-        "stem": stem,
-        "hidden_layer": own.get("hidden_layer", -1),
-        "image_size": size,
-        "padding": found.padding,
-        "network": network,
-        "source": {
-            "file": found.file.name,
-            "layout": found.layout,
-            "sha256": checkpoint.file_hash(found.file),
-            **found.progress,
-        },
-    }
+    meta = _meta(found, network, {**asked, **normalisation})
+    net = _filled(found, network, meta)
     model = state.build(found, meta) if full else None  # before anything is written
     target = _without_suffix(Path(out))
     files: tuple[Path, ...] = export.export_backbone(net, target, meta)
@@ -105,6 +71,56 @@ def import_file(
         }
         files = (*files, state.save(model, target, extra))
     return Imported(found, files, meta, tuple(_notes(found, meta, full)))
+
+
+def _meta(found: Networks, network: Network, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the export says of its network: what was asked for, else the file, else its shapes."""
+    if _part(network) not in found.parts:
+        held = ", ".join(name.replace("_", " ") for name in found.parts)
+        raise ValueError(f"{found.file} holds no {network} backbone, only: {held}")
+    own, seen = found.meta, state.guess(found, network)
+    name = asked["backbone"] or own.get("backbone") or seen["backbone"]
+    if name is None:
+        raise ValueError(
+            f"{found.file}: its shapes are of no torchvision ResNet; give the network's "
+            "torchvision name with --backbone, if it has one"
+        )
+    stem = asked["stem"] or own.get("stem") or seen["stem"]
+    usual_size = 32 if stem == "cifar" else 224
+    return {
+        **{key: own[key] for key in ("mean", "std") if key in own},
+        **{key: asked[key] for key in ("mean", "std") if asked[key]},
+        "backbone": name,
+        "stem": stem,
+        "hidden_layer": own.get("hidden_layer", -1),
+        "image_size": asked["image_size"] or own.get("image_size") or usual_size,
+        "padding": found.padding,
+        "network": network,
+        "source": {
+            "file": found.file.name,
+            "layout": found.layout,
+            "sha256": checkpoint.file_hash(found.file),
+            **found.progress,
+        },
+    }
+
+
+def _filled(found: Networks, network: Network, meta: dict[str, Any]) -> nn.Module:
+    """The backbone that `meta` describes, with the file's weights."""
+    with torch.random.fork_rng(devices=[]):
+        net = build_backbone(
+            meta["backbone"],
+            stem=meta["stem"],
+            hidden_layer=meta["hidden_layer"],
+            image_size=meta["image_size"],
+            padding=found.padding,
+        )
+    state.fill(net, found.parts[_part(network)], f"the {network} backbone of {found.file}")
+    return net
+
+
+def _part(network: Network) -> str:
+    return BACKBONE if network == "online" else TARGET_BACKBONE
 
 
 def _notes(found: Networks, meta: dict[str, Any], full: bool) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from byol_fast.errors import CheckpointError
-from byol_fast.interop import arrays, deepmind, files, heads, inert, layouts, resnet
+from byol_fast.interop import arrays, deepmind, files, heads, layouts, records, resnet
 from byol_fast.interop.layouts import BACKBONE, PARTS, TARGET_BACKBONE, Layout
 from byol_fast.padding import Padding
 
@@ -41,11 +41,6 @@ class Networks:
     problems: dict[str, str] = field(default_factory=dict)  # part -> why it cannot be used
     opaque: list[str] = field(default_factory=list)  # program objects, read as data
     meta: dict[str, Any] = field(default_factory=dict)  # of byol_fast's own files
-
-    @property
-    def backbone_name(self) -> str | None:
-        """torchvision's name, as the shapes show."""
-        return resnet.torchvision_name(self.parts.get(BACKBONE, {}))
 
     @property
     def stem(self) -> str:
@@ -117,13 +112,13 @@ def _deepmind(content: files.Content, trees: deepmind.Trees) -> Networks:
 
 def _state_dict(content: files.Content) -> tuple[dict[str, Any], str]:
     """The innermost dict of tensors, and the keys that lead to it."""
-    node, path = inert.mapping(content.tree) or {}, []
+    node, path = records.mapping(content.tree) or {}, []
     while True:
         flat = {str(key): leaf for key, leaf in node.items() if arrays.is_leaf(leaf)}
-        inner = next((key for key in _INNER if inert.mapping(node.get(key))), None)
+        inner = next((key for key in _INNER if records.mapping(node.get(key))), None)
         if inner is None:
             break
-        node = inert.mapping(node[inner]) or {}
+        node = records.mapping(node[inner]) or {}
         path.append(inner)
     if not flat:
         held = _first(node) if node else type(content.tree).__name__
@@ -189,9 +184,9 @@ def _part_of(key: str, layout: Layout) -> tuple[str | None, str]:
 
 
 def _progress(tree: Any) -> dict[str, int]:
-    outer = inert.mapping(tree) or {}
+    outer = records.mapping(tree) or {}
     found: dict[str, int] = {}
-    for source in (outer, inert.mapping(outer.get("meta")) or {}):
+    for source in (outer, records.mapping(outer.get("meta")) or {}):
         for key in _PROGRESS:
             value = source.get(key)
             if isinstance(value, int) and not isinstance(value, bool):
@@ -201,7 +196,7 @@ def _progress(tree: Any) -> dict[str, int]:
 
 def _own_meta(tree: Any) -> dict[str, Any]:
     """What byol_fast's own files say about themselves."""
-    outer = inert.mapping(tree) or {}
+    outer = records.mapping(tree) or {}
     if isinstance(outer.get("byol_fast"), dict):
         return dict(outer["byol_fast"])
     return dict(outer["hyper"]) if isinstance(outer.get("hyper"), dict) else {}

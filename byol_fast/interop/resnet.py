@@ -66,14 +66,6 @@ def _children_names(keys: Iterable[str]) -> dict[str, str]:
     return {"0": "conv1", "1": "bn1", **names}
 
 
-def to_sequential(tensors: Mapping[str, _T]) -> dict[str, _T]:
-    """torchvision's keys to those of nn.Sequential(*list(resnet.children())[:-1])."""
-    # conv1, bn1, relu, maxpool, layer1 … layer4, avgpool
-    numbers = {"conv1": "0", "bn1": "1"} | {f"layer{n}": str(n + 3) for n in range(1, 5)}
-    split = {key: key.partition(".") for key in tensors}
-    return {f"{numbers[split[k][0]]}.{split[k][2]}": value for k, value in tensors.items()}
-
-
 def to_detectron2(tensors: Mapping[str, _T]) -> dict[str, _T]:
     """torchvision's keys to detectron2's; counters, which it does not keep, are left out."""
     renamed = {}

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from byol_fast.evaluate import cache as cache_module
 from byol_fast.evaluate.cache import FeatureCache
@@ -15,25 +14,12 @@ from byol_fast.evaluate.parts import Parts
 from pipelines.errors import BadImage
 from pipelines.spec import AugmentSpec
 from pipelines.stores import open_store
+from tests.byol_fast.networks import CountingMeans
 
 
 def arrays(n: int = 20, seed: int = 0):
     images = np.random.default_rng(seed).integers(0, 256, (n, 12, 16, 3), dtype=np.uint8)
     return open_store((images, np.arange(n) % 2))
-
-
-class Counting(nn.Module):
-    """Channel means, counting images; after `most` of them it fails as a killed run does."""
-
-    def __init__(self, most: int = 10**9) -> None:
-        super().__init__()
-        self.seen, self.most = 0, most
-
-    def forward(self, x):
-        if self.seen >= self.most:
-            raise KeyboardInterrupt
-        self.seen += len(x)
-        return x.mean((2, 3))
 
 
 READING = {"image_size": 8, "batch_size": 4, "threads": 1}
@@ -49,10 +35,10 @@ def files(kept):
 
 
 def test_what_was_computed_is_read(kept):
-    store, net = arrays(), Counting()
+    store, net = arrays(), CountingMeans()
     first = kept.extract(net, store, **READING)
     again = kept.extract(net, store, **READING)
-    expected = extract(Counting(), store, **READING)
+    expected = extract(CountingMeans(), store, **READING)
     assert net.seen == 20 and first.stored == 0 and again.stored == 20
     assert first.computed == 20 and again.computed == 0 and again.images_per_second == 0
     for out in (first, again):
@@ -74,9 +60,9 @@ def test_whatever_decides_the_features_makes_another_key(kept):
         {"pooling": "2x2"},
     ]
     for change in variants:
-        kept.extract(Counting(), store, **{**READING, **change})
-    kept.extract(Counting(), arrays(seed=1), **READING)
-    replace(kept, network={"weights": "other"}).extract(Counting(), store, **READING)
+        kept.extract(CountingMeans(), store, **{**READING, **change})
+    kept.extract(CountingMeans(), arrays(seed=1), **READING)
+    replace(kept, network={"weights": "other"}).extract(CountingMeans(), store, **READING)
     given = {"image_size": 8, "spec": AugmentSpec(), "backend": "auto"}
     keys = [kept.key(store, device=torch.device(d), **given) for d in ("cpu", "cuda")]
     assert keys[0]["precision"] == "fp32" and keys[1]["precision"] == "bf16"
@@ -88,17 +74,17 @@ def test_an_interrupted_extraction_goes_on(kept, monkeypatch, interrupted_after)
     monkeypatch.setattr(cache_module, "CHUNK_SECONDS", 0.0)  # a chunk for each batch
     store = arrays()
     with pytest.raises(KeyboardInterrupt):
-        kept.extract(Counting(interrupted_after), store, **READING)
+        kept.extract(CountingMeans(interrupted_after), store, **READING)
     assert len(files(kept)) == interrupted_after // 4
-    net = Counting()
+    net = CountingMeans()
     out = kept.extract(net, store, **READING)
     assert net.seen == 20 - interrupted_after and out.stored == interrupted_after
-    assert torch.equal(out.features, extract(Counting(), store, **READING).features)
+    assert torch.equal(out.features, extract(CountingMeans(), store, **READING).features)
 
 
 def test_chunks_are_bounded_by_rows(kept, monkeypatch):
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 8)
-    kept.extract(Counting(), arrays(), **READING)
+    kept.extract(CountingMeans(), arrays(), **READING)
     assert [path.name[:9] for path in files(kept)] == ["000000000", "000000008", "000000016"]
 
 
@@ -106,17 +92,17 @@ def test_chunks_are_bounded_by_rows(kept, monkeypatch):
 def test_a_damaged_chunk_is_made_again(kept, monkeypatch, caplog, damage):
     monkeypatch.setattr(cache_module, "CHUNK_SECONDS", 0.0)
     store = arrays()
-    whole = kept.extract(Counting(), store, **READING).features
+    whole = kept.extract(CountingMeans(), store, **READING).features
     victim = files(kept)[2]
     content = bytearray(victim.read_bytes())
     content[-5] ^= 1
     cut = {"flip": content, "truncate": content[: len(content) // 2], "empty": b""}[damage]
     victim.write_bytes(cut)
-    net = Counting()
+    net = CountingMeans()
     out = kept.extract(net, store, **READING)
     assert "damaged and is made again" in caplog.text and net.seen == 12
     assert torch.equal(out.features, whole)
-    assert kept.extract(Counting(0), store, **READING).stored == 20  # it is whole again
+    assert kept.extract(CountingMeans(0), store, **READING).stored == 20  # it is whole again
 
 
 def test_undecodable_images_stay_known(kept, caplog):
@@ -136,8 +122,8 @@ def test_undecodable_images_stay_known(kept, caplog):
             return self.store.read(row)
 
     store = Broken(arrays())
-    first = kept.extract(Counting(), store, **READING)
-    again = kept.extract(Counting(0), store, **READING)
+    first = kept.extract(CountingMeans(), store, **READING)
+    again = kept.extract(CountingMeans(0), store, **READING)
     assert sorted(again.bad) == [1, 9] and again.bad == first.bad
     assert again.ids.tolist() == first.ids.tolist() and len(again.ids) == 18
     assert torch.equal(again.features, first.features) and again.computed == 0
@@ -146,11 +132,11 @@ def test_undecodable_images_stay_known(kept, caplog):
 def test_without_a_folder_or_room_everything_still_works(tmp_path, caplog):
     store = arrays()
     nothing = FeatureCache(root=None, network={})
-    assert nothing.extract(Counting(), store, **READING).stored == 0
-    assert nothing.extract(Counting(), store, **READING).stored == 0
+    assert nothing.extract(CountingMeans(), store, **READING).stored == 0
+    assert nothing.extract(CountingMeans(), store, **READING).stored == 0
     (tmp_path / "file").write_text("")
     blocked = FeatureCache(root=tmp_path / "file", network={})
-    assert len(blocked.extract(Counting(), store, **READING).features) == 20
+    assert len(blocked.extract(CountingMeans(), store, **READING).features) == 20
     assert "nothing is kept" in caplog.text and "--cache" in caplog.text
 
 

@@ -17,6 +17,7 @@ from byol_fast.evaluate import features as features_module
 from byol_fast.evaluate import head as heads
 from byol_fast.evaluate.__main__ import main
 from byol_fast.evaluate.pooling import Corners, with_corners
+from tests.byol_fast.networks import CountingMeans
 from tests.byol_fast.voc_folder import voc_folder
 
 META = {"backbone": "resnet18", "stem": "imagenet", "hidden_layer": -1, "image_size": 64}
@@ -255,18 +256,6 @@ def open_images(folders):
     return open_store(folders)
 
 
-class Means(torch.nn.Module):
-    def __init__(self, most=10**9):
-        super().__init__()
-        self.seen, self.most = 0, most
-
-    def forward(self, x):
-        if self.seen >= self.most:
-            raise KeyboardInterrupt
-        self.seen += len(x)
-        return x.mean((2, 3))
-
-
 def test_embed_goes_on_and_marks_what_cannot_be_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "EVERY_SECONDS", 0.0)
     rng = np.random.default_rng(0)
@@ -278,27 +267,27 @@ def test_embed_goes_on_and_marks_what_cannot_be_decoded(tmp_path, monkeypatch):
     cut = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(cut[:200])
     given = {"key": {"a": 1}, "image_size": 8, "batch_size": 3, "threads": 1}
-    whole = embedding.embed(Means(), store, tmp_path / "whole", **given)
+    whole = embedding.embed(CountingMeans(), store, tmp_path / "whole", **given)
     assert whole.bad.keys() == {2} and whole.computed == 10 and whole.width == 3
     with pytest.raises(KeyboardInterrupt):
-        embedding.embed(Means(6), store, tmp_path / "out", **given)
+        embedding.embed(CountingMeans(6), store, tmp_path / "out", **given)
     assert not (tmp_path / "out" / "features.npy").exists()
-    net = Means()
+    net = CountingMeans()
     rest = embedding.embed(net, store, tmp_path / "out", **given)
     assert net.seen == rest.computed == 4 and rest.bad == whole.bad
     a, b = np.load(whole.file), np.load(rest.file)
     np.testing.assert_array_equal(a, b)
     assert math.isnan(a[2, 0]) and np.isfinite(np.delete(a, 2, axis=0)).all()
-    half = embedding.embed(Means(), store, tmp_path / "half", **given, dtype="float16")
+    half = embedding.embed(CountingMeans(), store, tmp_path / "half", **given, dtype="float16")
     assert np.load(half.file).dtype == np.float16
     np.testing.assert_allclose(np.load(half.file), a, atol=1e-2)
     assert not (tmp_path / "out" / "labels.npy").exists()
     assert not list((tmp_path / "out").glob("*.part"))
     with pytest.raises(KeyboardInterrupt):
-        embedding.embed(Means(6), store, tmp_path / "cut", **given)
+        embedding.embed(CountingMeans(6), store, tmp_path / "cut", **given)
     (tmp_path / "cut" / "features.npy.part").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be gone on with"):
-        embedding.embed(Means(), store, tmp_path / "cut", **given)
+        embedding.embed(CountingMeans(), store, tmp_path / "cut", **given)
 
 
 def test_embed_on_a_full_disk_is_an_error_not_a_crash(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from byol_fast import graphed
 from byol_fast.compiled import as_they_stand
@@ -20,18 +19,9 @@ from byol_fast.graphed import WARM_UP, GraphedStep, refusal, side_stream
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups, set_lr
 from byol_fast.step import train_step
+from tests.byol_fast.networks import Small
 
 GPU = torch.device("cuda")
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(x)).relu().mean((2, 3))
 
 
 @pytest.mark.parametrize(

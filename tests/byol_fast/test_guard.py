@@ -13,16 +13,7 @@ from byol_fast.guard import Guard
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, ema_, param_groups
 from byol_fast.step import train_step
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(x)).relu().mean((2, 3))
+from tests.byol_fast.networks import Small
 
 
 def make(impl: str = "auto") -> tuple[BYOL, LARS]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import ROOT, TINY, make_folder
+from support import ROOT, TINY, assert_same, final, make_folder
 
-from byol_fast import checkpoint, metrics
+from byol_fast import metrics
 from pipelines.sources import dali_available, ffcv_available
 
 NO_DALI = pytest.mark.skipif(not dali_available(), reason="NVIDIA DALI is not installed")
@@ -30,29 +30,6 @@ def losses() -> dict[str, list[float]]:
 
 def finished(run: subprocess.CompletedProcess[str]) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
-
-
-def final(out: Path) -> dict:
-    state = checkpoint.latest(out / "checkpoints")
-    assert state is not None
-    return state
-
-
-def assert_same(a, b, where: str = "") -> None:
-    """Bitwise, through nested containers."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 @pytest.fixture(scope="module")

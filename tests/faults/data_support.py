@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.sources import dali_available, ffcv_available
-from tests.support import ROOT, TINY, make_folder
+from tests.support import OPTIONAL_BACKENDS, ROOT, TINY, make_folder
 
 __all__ = ["BACKENDS", "ROOT", "TINY", "Ended", "command", "ended", "make_folder", "pictures"]
 
@@ -23,22 +22,7 @@ NO_HANG = 60.0  # s: nothing here may take longer, however it ends
 
 BACKENDS = [
     "torch",
-    pytest.param(
-        "dali",
-        marks=[
-            pytest.mark.dali,
-            pytest.mark.skipif(not dali_available(), reason="NVIDIA DALI is not installed"),
-        ],
-    ),
-    pytest.param(
-        "ffcv",
-        marks=[
-            pytest.mark.ffcv,
-            pytest.mark.skipif(
-                not ffcv_available(), reason="FFCV is not installed (launch/install_ffcv.sh)"
-            ),
-        ],
-    ),
+    *OPTIONAL_BACKENDS,
 ]
 
 

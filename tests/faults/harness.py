@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from support import assert_same, final
 
-from byol_fast import checkpoint, metrics
+from byol_fast import metrics
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -190,30 +190,6 @@ class Run:
         """The exit code: of rank 0 unless the ranks agree."""
         wait_until(self.poll, f"the end of the run; it said:\n{self.said[-3000:]}", limit)
         return self.codes[0]
-
-
-def final(out: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run folder."""
-    state = checkpoint.latest(out / "checkpoints")
-    assert state is not None
-    return state
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Bitwise, through nested containers."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.harness import SMALL, Zygote, assert_same_run, final, wait_until
+from faults.harness import SMALL, Zygote, assert_same_run, wait_until
+from support import final
 
 import byol_fast
 from byol_fast import checkpoint

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults.harness import SMALL, assert_same, final
+from faults.harness import SMALL
+from support import assert_same, final
 
 from byol_fast import metrics, split
 

@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults.harness import ENDLESS, SMALL, assert_same_run, final
+from faults.harness import ENDLESS, SMALL, assert_same_run
+from support import final
 
 EVERY = ("--checkpoint.every", "1000")
 

@@ -20,6 +20,7 @@ from pipelines.errors import MissingBackend
 from pipelines.plan import Rows, centre_windows
 from pipelines.sources import FILL, dali_available
 from pipelines.sources.torch_source import TorchSource
+from tests.pipelines import source_contract
 from tests.pipelines.fake_store import SIZES, FakeStore, bad, encoded, picture, rows_of
 
 pytestmark = [
@@ -342,39 +343,19 @@ def test_an_error_of_the_store_reaches_the_consumer() -> None:
 
 def test_a_consumer_may_stop_and_iterations_may_overlap(store: FakeStore) -> None:
     rows = rows_of(store, [[0, 1], [2, 3], [4, 5], [6, 7]] * 5)
-    source = make(store)
-    expected = list(source.crops(rows))
-    for crops in source.crops(rows):
-        assert torch.equal(crops, expected[0])
-        break
-    for a, b, wanted in zip(source.crops(rows), source.crops(rows), expected, strict=True):
-        assert torch.equal(a, wanted) and torch.equal(b, wanted)
-    source.close()
+    source_contract.may_stop_and_overlap(make(store), rows)
 
 
 def test_closing_ends_an_iteration_with_an_error(store: FakeStore) -> None:
-    source = make(store)
-    iterator = source.crops(rows_of(store, [[0, 1]] * 50))
-    next(iterator)
-    source.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        list(iterator)
+    rows = rows_of(store, [[0, 1]] * 50)
+    source_contract.closing_ends_an_iteration(make(store), rows)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_rows_are_pulled_no_further_than_promised(store: FakeStore, prefetch: int) -> None:
-    pulled = 0
-
-    def feed() -> Iterator[Rows]:
-        nonlocal pulled
-        for rows in rows_of(store, [[0, 1]] * 12):
-            pulled += 1
-            yield rows
-
-    source = make(store, prefetch=prefetch)
-    for number, _ in enumerate(source.crops(feed()), 1):
-        assert pulled == min(number + prefetch + 1, 12)  # one more is being read
-    source.close()
+    rows = rows_of(store, [[0, 1]] * 12)
+    ahead = prefetch + 1  # one more is being read
+    source_contract.pulls_rows_no_further_than(make(store, prefetch=prefetch), rows, ahead)
 
 
 def test_waits_are_counted(store: FakeStore) -> None:

@@ -22,6 +22,7 @@ from pipelines.sources import FILL, ffcv_available
 from pipelines.sources.torch_source import TorchSource
 from pipelines.spec import AugmentSpec
 from pipelines.stores.beton import BetonStore
+from tests.pipelines import source_contract
 from tests.pipelines.fake_store import SIZES, FakeStore, encoded, picture, rows_of
 
 pytestmark = [
@@ -358,23 +359,12 @@ def test_what_was_yielded_is_never_written_again(store: BetonStore) -> None:
 
 def test_a_consumer_may_stop_and_iterations_may_overlap(store: BetonStore) -> None:
     rows = rows_of(store, [[0, 1], [2, 3], [4, 5], [6, 7]] * 5)
-    source = make(store)
-    expected = list(source.crops(rows))
-    for crops in source.crops(rows):
-        assert torch.equal(crops, expected[0])
-        break
-    for a, b, wanted in zip(source.crops(rows), source.crops(rows), expected, strict=True):
-        assert torch.equal(a, wanted) and torch.equal(b, wanted)
-    source.close()
+    source_contract.may_stop_and_overlap(make(store), rows)
 
 
 def test_closing_ends_an_iteration_with_an_error(store: BetonStore) -> None:
-    source = make(store)
-    iterator = source.crops(rows_of(store, [[0, 1]] * 50))
-    next(iterator)
-    source.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        list(iterator)
+    rows = rows_of(store, [[0, 1]] * 50)
+    source_contract.closing_ends_an_iteration(make(store), rows)
 
 
 def test_a_window_outside_its_image_is_refused(store: BetonStore) -> None:

@@ -15,9 +15,8 @@ import torch
 
 import pipelines
 from pipelines import convert
-from pipelines.sources import dali_available, ffcv_available
 from pipelines.spec import AugmentSpec
-from tests.support import make_folder
+from tests.support import OPTIONAL_BACKENDS, make_folder
 
 IMAGES, BATCH, STEPS = (
     37,
@@ -31,22 +30,7 @@ Step = tuple[int, list[int], int]  # number, sample ids, checksum of views and l
 BACKENDS = [
     "torch",
     "synthetic",
-    pytest.param(
-        "dali",
-        marks=[
-            pytest.mark.dali,
-            pytest.mark.skipif(not dali_available(), reason="NVIDIA DALI is not installed"),
-        ],
-    ),
-    pytest.param(
-        "ffcv",
-        marks=[
-            pytest.mark.ffcv,
-            pytest.mark.skipif(
-                not ffcv_available(), reason="FFCV is not installed (launch/install_ffcv.sh)"
-            ),
-        ],
-    ),
+    *OPTIONAL_BACKENDS,
 ]
 
 

@@ -17,6 +17,7 @@ from pipelines.plan import Rows, centre_windows
 from pipelines.sources import FILL
 from pipelines.sources.torch_source import TorchSource, resize_crop
 from pipelines.sources.transfer import HostToDevice, Recycled
+from tests.pipelines import source_contract
 from tests.pipelines.fake_store import FakeStore, bad, encoded, picture, rows_of
 
 S = 32
@@ -121,18 +122,8 @@ def test_a_window_may_be_the_whole_of_an_array_of_planes() -> None:
 
 
 def test_rows_are_pulled_no_further_than_prefetch(store: FakeStore) -> None:
-    pulled = 0
-
-    def feed() -> Iterator[Rows]:
-        nonlocal pulled
-        for rows in rows_of(store, [[0, 1]] * 10):
-            pulled += 1
-            yield rows
-
-    s = source(store, prefetch=3)
-    for number, _ in enumerate(s.crops(feed()), 1):
-        assert pulled == min(number + 3, 10)
-    s.close()
+    rows = rows_of(store, [[0, 1]] * 10)
+    source_contract.pulls_rows_no_further_than(source(store, prefetch=3), rows, 3)
 
 
 def test_what_was_yielded_is_never_written_again(store: FakeStore) -> None:

@@ -76,22 +76,34 @@ def is_published(args: argparse.Namespace) -> bool:
     return not args.quick and all(value is None for value in changes)
 
 
-def identity(recipe: Recipe, network: common.Network, train: str, seed: int) -> dict[str, Any]:
+def training(
+    args: argparse.Namespace, recipe: Recipe, network: common.Network, train: str, where: Path
+) -> dict[str, Any]:
+    """The arguments of `detect.fit` and `segment.fit` beside the network, the sets and the recipe.
+
+    Args:
+        train: the fingerprint of the training set.
+        where: of the result; the checkpoints lie beside it.
+    """
+    return {
+        "mean": network.spec.mean,
+        "std": network.spec.std,
+        "device": network.device,
+        "folder": where.with_name(where.name.removesuffix(".json") + ".checkpoints"),
+        "identity": _identity(recipe, network, train, args.seed),
+        "seed": args.seed,
+        "threads": args.threads or len(os.sched_getaffinity(0)),
+        "save_every": args.save_every,
+        "progress": True,
+    }
+
+
+def _identity(recipe: Recipe, network: common.Network, train: str, seed: int) -> dict[str, Any]:
     """What a checkpoint must agree in to be gone on from; JSON values."""
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
     normalisation = {"mean": list(network.spec.mean), "std": list(network.spec.std)}
     about = {"weights": network.weights.sha256, "train_fingerprint": train, "seed": seed}
     return {**settings, **normalisation, **about}
-
-
-def training_folder(where: Path) -> Path:
-    """Where the checkpoints lie: beside the result."""
-    return where.with_name(where.name.removesuffix(".json") + ".checkpoints")
-
-
-def threads(args: argparse.Namespace) -> int:
-    """Reading threads: as asked for, else one for each core."""
-    return args.threads or len(os.sched_getaffinity(0))
 
 
 def provenance(

@@ -43,15 +43,7 @@ def run(args: argparse.Namespace) -> None:
         train,
         test,
         recipe,
-        mean=network.spec.mean,
-        std=network.spec.std,
-        device=network.device,
-        folder=dense.training_folder(where),
-        identity=dense.identity(recipe, network, train.fingerprint, args.seed),
-        seed=args.seed,
-        threads=dense.threads(args),
-        save_every=args.save_every,
-        progress=True,
+        **dense.training(args, recipe, network, train.fingerprint, where),
     )
     result: dict[str, Any] = {
         "protocol": {**asdict(recipe), "seed": args.seed},

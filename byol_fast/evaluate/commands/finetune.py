@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from byol_fast.evaluate import published, recipes, record
-from byol_fast.evaluate.commands import common, training
+from byol_fast.evaluate import published, recipes
+from byol_fast.evaluate.commands import choosing, common, training
 from byol_fast.evaluate.table import Row
 
 METRICS = {"top-1": "top-1", "mean-per-class": "mean per class"}  # as `scores` names them
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = recipes.FINETUNE.changed(asked)  # complain before reading data
     given = {"base_lr": args.lr, "weight_decay": args.weight_decay}
     grid = recipes.FINETUNE_GRID if args.grid else None
-    training.candidates(recipe, given, grid)
+    choosing.candidates(recipe, given, grid)
     figure = published.FINETUNE.get(args.dataset)
     metric = METRICS[args.metric] if args.metric else figure.metric if figure else "top-1"
     with training.ranks(args) as world:
@@ -43,53 +43,54 @@ def run(args: argparse.Namespace) -> None:
         if args.quick:
             recipe = recipes.quick(recipe, len(labelled.train)).changed(asked)
         name = f"finetune{'-quick' if args.quick else ''}"
-        where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
-        job = training.Job(args=args, world=world, network=network, labelled=labelled, where=where)
-        recipe, tried = job.choose(
-            training.candidates(recipe, given, grid), lambda s: s.figures(metric)[metric]
+        job = training.open_job(args, world, network, labelled, name)
+        recipe, tried = choosing.choose(
+            job, choosing.candidates(recipe, given, grid), lambda s: s.figures(metric)[metric]
         )
         module = job.fine_tuned()
-        trained = job.train(module, labelled.train, recipe, "training")
-        (scores,), tested, bad = job.test(module, labelled.test, "testing")
-        if not world.is_main:
-            return
-        changed = training.changes(
-            {"steps": args.steps, "batch": args.batch_size}
-            | {"lr": recipe.base_lr, "decay": recipe.weight_decay}
+        outcome = job.train_and_test(module, recipe)
+        if world.is_main:
+            (scores,) = outcome.scores
+            row = Row(
+                protocol=_title(args, recipe),
+                figures=scores.figures(metric),
+                images_per_second=outcome.images_per_second,
+                published=None if args.quick or (figure and figure.metric != metric) else figure,
+            )
+            result = {
+                "protocol": training.protocol(recipe),
+                "published_protocol": args.grid
+                and not (
+                    args.quick or args.steps or args.batch_size or args.lr or args.weight_decay
+                ),
+                "chosen_from": tried,
+                "dataset": args.dataset,
+                "metric": metric,
+                "top1": scores.top1,
+                "mean_per_class": scores.mean_per_class,
+                "top5": scores.top5,
+                **job.described(outcome),
+                **training.save_network(job, module),
+            }
+            saved = f"{recipe.arithmetic()}; saved as {result['backbone']}"
+            job.finish(outcome, result, [row], [saved, _choice(len(tried))])
+
+
+def _title(args: argparse.Namespace, recipe: recipes.Recipe) -> str:
+    if args.quick:
+        return f"finetune, {training.QUICK}"
+    changed = {"steps": args.steps, "batch": args.batch_size}
+    changed |= {"lr": recipe.base_lr, "decay": recipe.weight_decay}
+    return f"finetune{training.changes(changed)}"
+
+
+def _choice(tried: int) -> str:
+    if tried:
+        return (
+            f"the best of {tried} recipes on a fifth of the training images, then trained on all "
+            "of them"
         )
-        row = Row(
-            protocol=f"finetune, {training.QUICK}" if args.quick else f"finetune{changed}",
-            figures=scores.figures(metric),
-            images_per_second=trained.images_per_second or None,
-            published=None if args.quick or (figure and figure.metric != metric) else figure,
-        )
-        result = {
-            "protocol": training.protocol(recipe),
-            "published_protocol": args.grid
-            and not (args.quick or args.steps or args.batch_size or args.lr or args.weight_decay),
-            "chosen_from": tried,
-            "dataset": args.dataset,
-            "metric": metric,
-            "top1": scores.top1,
-            "mean_per_class": scores.mean_per_class,
-            "top5": scores.top5,
-            "final_loss": trained.final_loss,
-            "images_per_second": trained.images_per_second,
-            "images": {"train": len(labelled.train), "test": tested},
-            "undecodable": bad,
-            "ranks": world.size,
-            **training.save_network(job, module),
-        }
-        notes = [
-            f"tested on {labelled.source}",
-            *common.left_out(bad),
-            f"{recipe.arithmetic()}; saved as {result['backbone']}",
-            f"the best of {len(tried)} recipes on a fifth of the training images, then trained on "
-            "all of them"
-            if tried
-            else "one rate and one decay; the paper takes the best of a grid for each data set "
-            "(--grid: 56 trainings more)",
-        ]
-        about = record.provenance(args, network, labelled)
-        common.finish(args, where, about, result, [row], notes)
-        job.clean()
+    return (
+        "one rate and one decay; the paper takes the best of a grid for each data set "
+        "(--grid: 56 trainings more)"
+    )

@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from byol_fast.evaluate import protocols, published, record
 from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.table import Row
+
+if TYPE_CHECKING:
+    from byol_fast.evaluate.cache import FeatureCache
+    from byol_fast.evaluate.data import Labelled
+    from byol_fast.evaluate.resume import Resume
 
 QUICK_LABEL = "quick (cached centre crops, not a published protocol)"
 
@@ -30,10 +37,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises as `common.open_network`, `data.prepare` and `linear.fit`."""
     protocol = _protocol(args)  # complain before reading data
-    import numpy as np
-
     from byol_fast.evaluate import head, linear
-    from byol_fast.evaluate.resume import Resume
 
     network = common.open_network(args)
     labelled = common.open_labelled(args)
@@ -41,13 +45,7 @@ def run(args: argparse.Namespace) -> None:
     where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
     stem = where.name.removesuffix(".json")
     cache = common.open_cache(args, network)
-    parts = {"train": labelled.train, "test": labelled.test}
-    keys = {name: cache.key(store, **network.deciding) for name, store in parts.items()}
-    labels = hashlib.sha256(np.asarray(labelled.train.labels).tobytes()).hexdigest()
-    resume = Resume(
-        where.with_name(f"{stem}.resume"),
-        {"features": keys, "labels": labels, "protocol": asdict(protocol), "seed": args.seed},
-    )
+    resume = _resume(args, protocol, network, labelled, cache, where.with_name(f"{stem}.resume"))
     outcome = linear.fit(
         network.backbone,
         labelled.train,
@@ -92,6 +90,26 @@ def run(args: argparse.Namespace) -> None:
         )
     common.finish(args, where, record.provenance(args, network, labelled), result, [row], notes)
     resume.clear()
+
+
+def _resume(
+    args: argparse.Namespace,
+    protocol: protocols.Protocol,
+    network: common.Network,
+    labelled: Labelled,
+    cache: FeatureCache,
+    folder: Path,
+) -> Resume:
+    """An interrupted training in `folder`, and all that it depends on."""
+    import numpy as np
+
+    from byol_fast.evaluate.resume import Resume
+
+    parts = {"train": labelled.train, "test": labelled.test}
+    keys = {name: cache.key(store, **network.deciding) for name, store in parts.items()}
+    labels = hashlib.sha256(np.asarray(labelled.train.labels).tobytes()).hexdigest()
+    about = {"features": keys, "labels": labels, "protocol": asdict(protocol), "seed": args.seed}
+    return Resume(folder, about)
 
 
 def _protocol(args: argparse.Namespace) -> protocols.Protocol:

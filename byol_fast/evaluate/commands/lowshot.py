@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from byol_fast.evaluate import published, record
 from byol_fast.evaluate.commands import common, frozen
 from byol_fast.evaluate.table import Row
 from pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    from byol_fast.evaluate.lowshot import LowShotResult
 
 QUICK_SHOTS, QUICK_SAMPLES = (1, 4, 16), 2
 
@@ -54,36 +58,13 @@ def run(args: argparse.Namespace) -> None:
         progress=True,
     )
     as_published = opened.as_published and samples == lowshot.SAMPLES
-    rows = []
-    for each in outcomes:
-        figures = {"mAP": each.mean}
-        if each.top1s:
-            figures["top-1"] = sum(each.top1s) / len(each.top1s)
-        spread = f"{samples} samples, mAP ± {100 * each.std:.2f}"
-        rows.append(
-            Row(
-                protocol=opened.label(f"low-shot SVM, k={each.k}, {spread}"),
-                figures=figures,
-                images_per_second=common.rate_of(train, test),
-                published=published.LOW_SHOT.get(each.k) if as_published else None,
-            )
-        )
+    rate = common.rate_of(train, test)
     described = {"costs": costs, "samples": samples, "seed": args.seed, **opened.described()}
     result = {
         "protocol": {"name": "lowshot", "k": shots, **described},
         "published_protocol": as_published,
         "cost_chosen_by": "mean AP on the training images of the other samples",
-        "k": {
-            str(each.k): {
-                "map": each.mean,
-                "map_std": each.std,
-                "map_of_samples": each.mean_aps,
-                "top1_of_samples": each.top1s or None,
-                "cost": each.cost,
-                "negatives": each.negatives,
-            }
-            for each in outcomes
-        },
+        "k": {str(each.k): _described(each) for each in outcomes},
         "images": {"train": len(train.ids), "test": len(test.ids)},
         "undecodable": opened.undecodable(),
     }
@@ -96,5 +77,38 @@ def run(args: argparse.Namespace) -> None:
         notes.append(f"k={', '.join(unchosen)}: nothing to choose C by, so it is 1")
     if left_out := [str(k) for k in usual if k > rarest and not args.k]:
         notes.append(f"k={', '.join(left_out)}: a class has {rarest} training images only")
+    rows = [_row(opened, each, samples, rate, as_published=as_published) for each in outcomes]
     provenance = record.provenance(args, opened.network, opened.labelled)
     common.finish(args, where, provenance, result, rows, notes)
+
+
+def _row(
+    opened: frozen.Frozen,
+    each: LowShotResult,
+    samples: int,
+    rate: float | None,
+    *,
+    as_published: bool,
+) -> Row:
+    figures = {"mAP": each.mean}
+    if each.top1s:
+        figures["top-1"] = sum(each.top1s) / len(each.top1s)
+    spread = f"{samples} samples, mAP ± {100 * each.std:.2f}"
+    return Row(
+        protocol=opened.label(f"low-shot SVM, k={each.k}, {spread}"),
+        figures=figures,
+        images_per_second=rate,
+        published=published.LOW_SHOT.get(each.k) if as_published else None,
+    )
+
+
+def _described(each: LowShotResult) -> dict[str, Any]:
+    """One k, for the result file."""
+    return {
+        "map": each.mean,
+        "map_std": each.std,
+        "map_of_samples": each.mean_aps,
+        "top1_of_samples": each.top1s or None,
+        "cost": each.cost,
+        "negatives": each.negatives,
+    }

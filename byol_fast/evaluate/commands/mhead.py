@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from byol_fast.evaluate import published, recipes, record
+from byol_fast.evaluate import published, recipes
 from byol_fast.evaluate.commands import common, training
 from byol_fast.evaluate.table import Row
 
@@ -35,56 +35,50 @@ def run(args: argparse.Namespace) -> None:
         if args.quick:
             recipe = recipes.quick(recipe, len(labelled.train)).changed(asked)
         name = f"mhead-{'quick-' if args.quick else ''}{args.recipe}"
-        where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
-        job = training.Job(args=args, world=world, network=network, labelled=labelled, where=where)
+        job = training.open_job(args, world, network, labelled, name)
         module = StageHeads(
             network.backbone,
             len(labelled.classes),
             image_size=network.image_size,
             seed=args.seed,
         )
-        trained = job.train(module, labelled.train, recipe, "training")
-        each, tested, bad = job.test(module, labelled.test, "testing")
-        if not world.is_main:
-            return
-        changed = training.changes(
-            {"epochs": args.epochs, "batch": args.batch_size, "lr": args.base_lr}
+        outcome = job.train_and_test(module, recipe)
+        if world.is_main:
+            changed = training.changes(
+                {"epochs": args.epochs, "batch": args.batch_size, "lr": args.base_lr}
+            )
+            adaptive = [p for p in module.poolings if p.kernel is None]
+            result = {
+                "protocol": training.protocol(recipe),
+                "published_protocol": not (args.quick or changed or adaptive),
+                "features": _features(module, outcome.scores),
+                **job.described(outcome),
+            }
+            notes = [f"classifiers: {recipe.arithmetic()}"]
+            if adaptive:
+                said = ", ".join(f"{p.feature} {p.describe()}" for p in adaptive)
+                notes.append(
+                    "maps of another size than a ResNet's at 224 pixels are pooled otherwise: "
+                    f"{said}"
+                )
+            label = training.QUICK if args.quick else f"{args.recipe}{changed}"
+            job.finish(outcome, result, _rows(args, module, outcome, label), notes)
+
+
+def _rows(
+    args: argparse.Namespace, module: StageHeads, outcome: training.Outcome, label: str
+) -> list[Row]:
+    unknown = (None,) * 5
+    figures = unknown if args.quick else published.MHEAD.get(args.recipe, unknown)
+    return [
+        Row(
+            protocol=f"mhead {pooling.feature}, {label}",
+            figures=scores.figures(),
+            images_per_second=outcome.images_per_second,
+            published=figure,
         )
-        label = training.QUICK if args.quick else f"{args.recipe}{changed}"
-        figures = (None,) * 5 if args.quick else published.MHEAD.get(args.recipe, (None,) * 5)
-        rows = [
-            Row(
-                protocol=f"mhead {pooling.feature}, {label}",
-                figures=scores.figures(),
-                images_per_second=trained.images_per_second or None,
-                published=figure,
-            )
-            for pooling, scores, figure in zip(module.poolings, each, figures, strict=True)
-        ]
-        adaptive = [p for p in module.poolings if p.kernel is None]
-        result = {
-            "protocol": training.protocol(recipe),
-            "published_protocol": not (args.quick or changed or adaptive),
-            "features": _features(module, each),
-            "final_loss": trained.final_loss,
-            "images_per_second": trained.images_per_second,
-            "images": {"train": len(labelled.train), "test": tested},
-            "undecodable": bad,
-            "ranks": world.size,
-        }
-        notes = [
-            f"tested on {labelled.source}",
-            *common.left_out(bad),
-            f"classifiers: {recipe.arithmetic()}",
-        ]
-        if adaptive:
-            said = ", ".join(f"{p.feature} {p.describe()}" for p in adaptive)
-            notes.append(
-                f"maps of another size than a ResNet's at 224 pixels are pooled otherwise: {said}"
-            )
-        about = record.provenance(args, network, labelled)
-        common.finish(args, where, about, result, rows, notes)
-        job.clean()
+        for pooling, scores, figure in zip(module.poolings, outcome.scores, figures, strict=True)
+    ]
 
 
 def _features(module: StageHeads, each: list[Scores]) -> list[dict[str, Any]]:

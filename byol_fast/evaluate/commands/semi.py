@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byol_fast.evaluate import published, recipes, record
-from byol_fast.evaluate.commands import common, training
+from byol_fast.evaluate import published, recipes
+from byol_fast.evaluate.commands import choosing, common, training
 from byol_fast.evaluate.table import Row
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = recipes.semi(args.share).changed(asked)  # complain before reading data
     given = {"base_lr": args.lr, "head_lr_factor": args.head_factor}
     grid = recipes.SEMI_GRID if args.grid else None
-    training.candidates(recipe, given, grid)
+    choosing.candidates(recipe, given, grid)
     with training.ranks(args) as world:
         network = common.open_network(args)
         labelled = training.open_labelled(args, world)
@@ -44,55 +44,51 @@ def run(args: argparse.Namespace) -> None:
         if args.quick:
             recipe = recipes.quick(recipe, len(few.train)).changed(asked)
         name = f"semi-{'quick-' if args.quick else ''}{100 * share:.3g}pct"
-        where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
-        job = training.Job(args=args, world=world, network=network, labelled=few, where=where)
-        recipe, tried = job.choose(training.candidates(recipe, given, grid), lambda s: s.top1)
+        job = training.open_job(args, world, network, few, name)
+        recipe, tried = choosing.choose(
+            job, choosing.candidates(recipe, given, grid), lambda s: s.top1
+        )
         module = job.fine_tuned()
-        trained = job.train(module, few.train, recipe, "training")
-        (scores,), tested, bad = job.test(module, few.test, "testing")
-        if not world.is_main:
-            return
-        chosen = bool(args.lr or args.head_factor or tried)
-        changed = training.changes(
-            {
-                "batch": args.batch_size,
-                "lr": recipe.base_lr if chosen else None,
-                "head factor": recipe.head_lr_factor if chosen else None,
+        outcome = job.train_and_test(module, recipe)
+        if world.is_main:
+            (scores,) = outcome.scores
+            row = Row(
+                protocol=_title(args, recipe, share, chosen=bool(tried)),
+                figures=scores.figures(),
+                images_per_second=outcome.images_per_second,
+                published=None if args.quick else _published(share),
+            )
+            result = {
+                "protocol": training.protocol(recipe),
+                "published_protocol": not (args.quick or args.epochs or args.batch_size or args.lr)
+                and not args.head_factor,
+                "chosen_from": tried,
+                "share": share,
+                "labels": str(args.labels) if args.labels else None,
+                "top1": scores.top1,
+                "top5": scores.top5,
+                **job.described(outcome),
+                **training.save_network(job, module),
             }
-        )
-        label = training.QUICK if args.quick else f"{recipe.epochs} epochs{changed}"
-        row = Row(
-            protocol=f"semi, {100 * share:.3g}% of the labels, {label}",
-            figures=scores.figures(),
-            images_per_second=trained.images_per_second or None,
-            published=None if args.quick else _published(share),
-        )
-        result = {
-            "protocol": training.protocol(recipe),
-            "published_protocol": not (args.quick or args.epochs or args.batch_size or args.lr)
-            and not args.head_factor,
-            "chosen_from": tried,
-            "share": share,
-            "labels": str(args.labels) if args.labels else None,
-            "top1": scores.top1,
-            "top5": scores.top5,
-            "final_loss": trained.final_loss,
-            "images_per_second": trained.images_per_second,
-            "images": {"train": len(few.train), "test": tested},
-            "undecodable": bad,
-            "ranks": world.size,
-            **training.save_network(job, module),
+            notes = [
+                f"trained on {source}",
+                f"{recipe.arithmetic()}; saved as {result['backbone']}",
+                _choice(len(tried)),
+            ]
+            job.finish(outcome, result, [row], notes, labelled)
+
+
+def _title(args: argparse.Namespace, recipe: recipes.Recipe, share: float, *, chosen: bool) -> str:
+    chosen = chosen or bool(args.lr or args.head_factor)
+    changed = training.changes(
+        {
+            "batch": args.batch_size,
+            "lr": recipe.base_lr if chosen else None,
+            "head factor": recipe.head_lr_factor if chosen else None,
         }
-        notes = [
-            f"tested on {labelled.source}",
-            *common.left_out(bad),
-            f"trained on {source}",
-            f"{recipe.arithmetic()}; saved as {result['backbone']}",
-            _choice(len(tried)),
-        ]
-        about = record.provenance(args, network, labelled)
-        common.finish(args, where, about, result, [row], notes)
-        job.clean()
+    )
+    label = training.QUICK if args.quick else f"{recipe.epochs} epochs{changed}"
+    return f"semi, {100 * share:.3g}% of the labels, {label}"
 
 
 def _few(args: argparse.Namespace, labelled: Labelled) -> tuple[Labelled, str, float]:

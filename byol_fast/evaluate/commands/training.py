@@ -1,22 +1,21 @@
-"""What `mhead`, `semi` and `finetune` share: ranks, recipes, choosing, training, results."""
+"""What `mhead`, `semi` and `finetune` share: ranks, training, testing, results."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byol_fast.errors import Diverged
+from byol_fast.evaluate import record
 from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.recipes import Recipe
+from byol_fast.evaluate.table import Row
 
 if TYPE_CHECKING:
     from byol_fast.distributed import World
@@ -63,18 +62,18 @@ def open_labelled(args: argparse.Namespace, world: World) -> Labelled:
     return labelled
 
 
-def candidates(
-    recipe: Recipe,
-    given: Mapping[str, Sequence[float] | None],
-    grid: Mapping[str, Sequence[float]] | None = None,
-) -> list[Recipe]:
-    """The recipe with every combination of the values `given`; for None those of `grid`, if any."""
-    values_of = {key: values or (grid or {}).get(key) for key, values in given.items()}
-    asked = {key: values for key, values in values_of.items() if values}
-    return [
-        recipe.changed(dict(zip(asked, values, strict=True)))
-        for values in itertools.product(*asked.values())
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a training went, and what its test found."""
+
+    trained: Trained
+    scores: list[Scores]  # one for each classifier
+    tested: int  # images
+    bad: int  # images of the test that could not be decoded
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.trained.images_per_second or None  # 0: nothing was trained now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,61 +133,47 @@ class Job:
         width = feature_dim(backbone, self.network.image_size)
         return FineTuned(backbone, width, len(self.labelled.classes), seed=self.args.seed)
 
-    def choose(
-        self, recipes: list[Recipe], metric: Callable[[Scores], float]
-    ) -> tuple[Recipe, list[dict[str, Any]]]:
-        """The best of `recipes` on a fifth of the training images that is not trained on.
+    def train_and_test(self, module: Classifier, recipe: Recipe) -> Outcome:
+        """`train` on all training images, then `test` on all test images."""
+        trained = self.train(module, self.labelled.train, recipe, "training")
+        scores, tested, bad = self.test(module, self.labelled.test, "testing")
+        return Outcome(trained=trained, scores=scores, tested=tested, bad=bad)
 
-        What was tried is kept in a file as it comes, so a repeated command goes on. A recipe that
-        diverges counts 0. Returns the recipe and `{**what it changes, "accuracy": share}` of all.
+    def described(self, outcome: Outcome) -> dict[str, Any]:
+        """The result file's part on training and images."""
+        return {
+            "final_loss": outcome.trained.final_loss,
+            "images_per_second": outcome.trained.images_per_second,
+            "images": {"train": len(self.labelled.train), "test": outcome.tested},
+            "undecodable": outcome.bad,
+            "ranks": self.world.size,
+        }
+
+    def finish(
+        self,
+        outcome: Outcome,
+        result: dict[str, Any],
+        rows: list[Row],
+        notes: list[str],
+        labelled: Labelled | None = None,
+    ) -> None:
+        """As `common.finish`, on rank 0; then remove the checkpoints.
+
+        Args:
+            labelled: the data set that was given, where the job's own is a share of it.
         """
-        if len(recipes) == 1:
-            return recipes[0], []
-        from byol_fast.evaluate.data import Subset, stratified_split
-
-        fit_ids, held_ids = stratified_split(self.labelled.train)
-        if not len(held_ids):
-            raise ValueError(
-                "there is one image per class, so none can be held out to choose a recipe by: give "
-                "one value each, without --grid"
-            )
-        fit, held = (Subset(self.labelled.train, ids) for ids in (fit_ids, held_ids))
-        varied = _varied(recipes)
-        tried: dict[str, float] = self.world.share(self._tried())
-        for number, recipe in enumerate(recipes, start=1):
-            key = self._key(recipe)
-            if key not in tried:
-                part = f"choosing {number} of {len(recipes)}"
-                tried[key] = self._accuracy(recipe, fit, held, part, metric)
-                self._remember(tried)
-        best = max(recipes, key=lambda recipe: tried[self._key(recipe)])
-        found = [{**_values(r, varied), "accuracy": tried[self._key(r)]} for r in recipes]
-        return best, found
-
-    def clean(self) -> None:
-        """Remove checkpoints once the result is written."""
-        if self.world.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _accuracy(
-        self, recipe: Recipe, fit: Store, held: Store, part: str, metric: Callable[[Scores], float]
-    ) -> float:
-        module = self.fine_tuned()
-        try:
-            self.train(module, fit, recipe, part)
-        except Diverged:
-            return 0.0
-        each, _, _ = self.test(module, held, part)
-        if self.world.is_main:
-            shutil.rmtree(self._folder_of(part), ignore_errors=True)
-        return metric(each[0])
+        labelled = labelled or self.labelled
+        about = record.provenance(self.args, self.network, labelled)
+        notes = [f"tested on {labelled.source}", *common.left_out(outcome.bad), *notes]
+        common.finish(self.args, self.where, about, result, rows, notes)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _resume(self, store: Store, recipe: Recipe, part: str) -> Progressing:
         from byol_fast.evaluate.finetune import Progressing
 
-        return Progressing(folder=self._folder_of(part), about=self._about(store, recipe))
+        return Progressing(folder=self.folder_of(part), about=self.about(store, recipe))
 
-    def _about(self, store: Store, recipe: Recipe) -> dict[str, Any]:
+    def about(self, store: Store, recipe: Recipe) -> dict[str, Any]:
         """What a training's outcome depends on."""
         return {
             "recipe": asdict(recipe),
@@ -198,27 +183,21 @@ class Job:
             "seed": self.args.seed,
         }
 
-    def _key(self, recipe: Recipe) -> str:
-        return json.dumps(self._about(self.labelled.train, recipe), sort_keys=True)
-
     @cached_property
     def _sha256(self) -> str:
         return self.network.weights.sha256  # reads the whole file
 
-    def _folder_of(self, part: str) -> Path:
+    def folder_of(self, part: str) -> Path:
+        """Of the checkpoints of one training."""
         return self.folder / part.replace(" ", "-")
 
-    def _tried(self) -> dict[str, float]:
-        path = self.folder / "tried.json"
-        tried: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-        return tried
 
-    def _remember(self, tried: dict[str, float]) -> None:
-        from byol_fast.checkpoint import write_text
-
-        if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "tried.json", json.dumps(tried, indent=1))
+def open_job(
+    args: argparse.Namespace, world: World, network: common.Network, labelled: Labelled, name: str
+) -> Job:
+    """A job whose result lies beside the weights, with `name` in its own, unless `--out` says."""
+    where = record.result_path(args.out, network.weights, name, labelled.test.fingerprint)
+    return Job(args=args, world=world, network=network, labelled=labelled, where=where)
 
 
 def save_network(job: Job, module: Any) -> dict[str, str]:
@@ -245,12 +224,3 @@ def changes(asked: dict[str, Any]) -> str:
     """` with epochs 3, batch 64`, of what the command line sets; empty where it sets nothing."""
     said = [f"{key} {value:g}" for key, value in asked.items() if value is not None]
     return f" with {', '.join(said)}" if said else ""
-
-
-def _varied(recipes: list[Recipe]) -> list[str]:
-    rows = [asdict(recipe) for recipe in recipes]
-    return [key for key in rows[0] if any(row[key] != rows[0][key] for row in rows)]
-
-
-def _values(recipe: Recipe, keys: list[str]) -> dict[str, Any]:
-    return {key: asdict(recipe)[key] for key in keys}

@@ -59,15 +59,6 @@ def run(args: argparse.Namespace) -> None:
         classes=opened.labelled.classes,
         about={**record.head_of(opened.network, opened.crop), "multi_label": opened.multi},
     )
-    what = f"logistic regression, {len(penalties)} penalties"
-    rows = [
-        Row(
-            protocol=f"quick {what} (not a published protocol)" if args.quick else what,
-            figures=figures,
-            images_per_second=common.rate_of(*opened.used),
-            published=None if args.quick else _published(args, opened),
-        )
-    ]
     result = {
         "protocol": {"name": "transfer", "penalties": penalties, **opened.described()},
         "published_protocol": not args.quick,
@@ -86,7 +77,20 @@ def run(args: argparse.Namespace) -> None:
     if found.penalty in (penalties[0], penalties[-1]):
         notes.append("the best penalty is at the end of the range: the optimum may lie beyond")
     provenance = record.provenance(args, opened.network, opened.labelled)
-    common.finish(args, where, provenance, result, rows, notes)
+    row = _row(args, opened, figures, len(penalties))
+    common.finish(args, where, provenance, result, [row], notes)
+
+
+def _row(
+    args: argparse.Namespace, opened: frozen.Frozen, figures: dict[str, float], penalties: int
+) -> Row:
+    what = f"logistic regression, {penalties} penalties"
+    return Row(
+        protocol=f"quick {what} (not a published protocol)" if args.quick else what,
+        figures=figures,
+        images_per_second=common.rate_of(*opened.used),
+        published=None if args.quick else _published(args, opened),
+    )
 
 
 def _metrics(args: argparse.Namespace, opened: frozen.Frozen) -> dict[str, frozen.Metric]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from byol_fast.evaluate.dense.boxes import (
     training_sample,
 )
 from byol_fast.evaluate.dense.images import read_image
-from byol_fast.evaluate.dense.loop import Job, Trained, own_random, precise_statistics, train
+from byol_fast.evaluate.dense.loop import Job, Trained, precise_statistics, seeded, train
 from byol_fast.evaluate.dense.recipes import DetectionRecipe
 from byol_fast.evaluate.dense.voc_metric import Detections
 from pipelines.errors import DataError
@@ -69,20 +69,14 @@ def fit(
     if train_set.classes != test_set.classes:
         raise DataError("the training set and the test set have different classes")
     images = training_images(train_set)
-    with own_random(torch.device("cpu")):
-        torch.manual_seed(seed)  # of the heads' first weights
+    with seeded(seed):
         model = detector.build(network, len(train_set.classes), recipe, mean=mean, std=std)
     model.to(device)
-    masks = coco.masks if recipe.architecture == "fpn" else None
-
-    def sample(image: int, place: int) -> Sample:
-        return training_sample(images[image], place, seed, masks)
-
     job = Job(
         model=model,
         recipe=recipe,
         images=len(images),
-        sample=sample,
+        sample=_sampler(images, recipe, seed),
         loss=partial(loss_of, model, device),
         folder=folder,
         identity=identity,
@@ -104,6 +98,17 @@ def fit(
         training_images=len(images),
         test_images_per_second=len(test_set.images) / (time.perf_counter() - began),
     )
+
+
+def _sampler(
+    images: list[Annotated], recipe: DetectionRecipe, seed: int
+) -> Callable[[int, int], Sample]:
+    masks = coco.masks if recipe.architecture == "fpn" else None
+
+    def sample(image: int, place: int) -> Sample:
+        return training_sample(images[image], place, seed, masks)
+
+    return sample
 
 
 def loss_of(model: nn.Module, device: torch.device, samples: list[Sample]) -> Tensor:

@@ -156,6 +156,14 @@ def own_random(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block whose first weights are of `seed` alone."""
+    with own_random(torch.device("cpu")):
+        torch.manual_seed(seed)
+        yield
+
+
 def _batches(job: Job[S], start: int, end: int) -> Iterator[tuple[int, list[S]]]:
     size = job.recipe.batch_size
     order = Order(job.images, size, job.seed)

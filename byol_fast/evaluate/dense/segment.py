@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from byol_fast.evaluate.dense.crop import normalise, resize, scaled_size, training_crop
 from byol_fast.evaluate.dense.fcn import Segmenter
-from byol_fast.evaluate.dense.loop import Job, Trained, own_random, train
+from byol_fast.evaluate.dense.loop import Job, Trained, seeded, train
 from byol_fast.evaluate.dense.masks import IGNORE, SegmentationSet, apart, read_pair
 from byol_fast.evaluate.dense.recipes import SegmentationRecipe
 from byol_fast.evaluate.dense.stream import generator
@@ -62,15 +62,13 @@ def fit(
         (and as `loop.train`)
     """
     apart(train_set, test_set)
-    with own_random(torch.device("cpu")):
-        torch.manual_seed(seed)  # of the heads' first weights
+    with seeded(seed):
         model = Segmenter(network, len(train_set.classes), recipe)
     model.to(device).to(memory_format=torch.channels_last)
 
     def sample(image: int, place: int) -> Sample:
         pixels, label = read_pair(train_set.pairs[image], train_set)
-        random = generator(seed, place)
-        return training_crop(pixels, label, recipe, random, mean=mean, std=std)
+        return training_crop(pixels, label, recipe, generator(seed, place), mean=mean, std=std)
 
     job = Job(
         model=model,
@@ -91,8 +89,7 @@ def fit(
     table = confusion(
         model, test_set, mean=mean, std=std, device=device, threads=threads, progress=progress
     )
-    overlap = class_iou(table)
-    named = zip(test_set.classes, overlap.tolist(), strict=True)
+    named = zip(test_set.classes, class_iou(table).tolist(), strict=True)
     return SegmentationResult(
         miou=mean_iou(table),
         pixel_accuracy=float(table.diagonal().sum() / table.sum()),

@@ -192,8 +192,8 @@ def test_the_keys_of_the_real_modules(tmp_path, name):
     torch.save({"state_dict": state, "args": argparse.Namespace(x=1)}, tmp_path / "x.ckpt")
     found = networks.read(tmp_path / "x.ckpt")
     assert found.layout.startswith(name) and not found.unknown and not found.problems
-    assert found.backbone_name == "resnet18"
     done = import_file(tmp_path / "x.ckpt", tmp_path / "out", full=True)
+    assert done.meta["backbone"] == "resnet18"
     assert done.meta["padding"] == ("wide-stem" if name == "solo-learn" else "symmetric")
     target = load_byol(done.files[2]).target.backbone.state_dict()
     prefix = {"mmpretrain": "target_net.module.0.", "solo-learn": "momentum_encoder."}[name]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from byol_fast.errors import CheckpointError
-from byol_fast.interop import arrays, files, inert
+from byol_fast.interop import arrays, files, inert, records
 
 WEIGHTS = {
     "a": torch.arange(12.0).reshape(3, 4).t(),
@@ -47,8 +47,8 @@ def test_benign_objects_do_not_hinder_the_tensors(tmp_path, zipped):
     assert {"argparse.Namespace", "pathlib.PosixPath"} <= set(found.opaque)
     assert any(name.endswith(".Config") for name in found.opaque)
     assert found.tree["epoch"] == 7 and found.tree["best"] == 71.5
-    assert inert.mapping(found.tree["config"]) == {"depth": 50}
-    assert inert.mapping(found.tree["args"])["lr"] == 0.1
+    assert records.mapping(found.tree["config"]) == {"depth": 50}
+    assert records.mapping(found.tree["args"])["lr"] == 0.1
     assert found.tensor(found.tree["array"]).tolist() == [[0, 1, 2], [3, 4, 5]]
     for key, value in WEIGHTS.items():
         assert found.tensor(found.tree["state_dict"][key]).equal(value.detach())
@@ -117,7 +117,7 @@ def test_what_is_not_on_any_list_is_not_called_either(tmp_path, monkeypatch):
 def test_damage_is_said():
     good = pickle.dumps({"w": np.ones(3)}, protocol=2)
     for blob in (good[:-20], b"", b"<html>", b"\x80\x02}q\x00K\x01s.", b"\x80\x02)R.", b"cos\n"):
-        with pytest.raises(inert.Refused):
+        with pytest.raises(records.Refused):
             inert.load(io.BytesIO(blob), reduce=arrays.reduce)
 
 

@@ -1,0 +1,128 @@
+"""The tensors of a backbone out of the files and folders that hold one; no pickle is executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from byol_fast import checkpoint
+from byol_fast.errors import CheckpointError
+
+METADATA_KEY = "byol_fast"  # of the safetensors metadata
+_ONLINE = "online.encoder.backbone."  # where a training checkpoint keeps the backbone
+_EXPORTS = ("exports/backbone.safetensors", "backbone.safetensors")  # in a run folder
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A backbone's tensors as read from `file`, and what the file says about them."""
+
+    file: Path
+    tensors: dict[str, Tensor]  # torchvision's keys where it is a torchvision network
+    meta: dict[str, Any]  # {} for a plain state dict, which describes nothing
+
+    @property
+    def sha256(self) -> str:
+        return checkpoint.file_hash(self.file)
+
+
+def read_weights(path: Path | str) -> Weights:
+    """The backbone's tensors in a file or run folder; raises as `export.load_backbone` does."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist: name an exported backbone (.safetensors, .pth), a run folder "
+            "or a checkpoint (step-*.pt)"
+        )
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    if path.with_name(path.name + ".sha256").is_file():
+        return _from_training(path, checkpoint.load(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise CheckpointError(
+            f"{path} is not a file of plain tensors and was not loaded, nothing in it was "
+            f"executed: it is damaged, or a pickle of program objects ({_first_line(error)}). "
+            + (foreign(path) or "Export the weights again as .safetensors or as a state dict")
+        ) from error
+    if isinstance(content, dict) and "hyper" in content and "model" in content:
+        return _from_training(path, content)
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(value, Tensor) for value in content.values())
+    ):
+        found = f"with the keys {some(content)}" if isinstance(content, dict) else ""
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__} {found}, not a state dict. "
+            + (foreign(path) or "Save the backbone's own state_dict()")
+        )
+    return Weights(path, content, {})
+
+
+def foreign(path: Path, keys: Iterable[str] | None = None) -> str:
+    """How to import a file of another project; "" if it is none, or one that is not known."""
+    from byol_fast.interop import describe, layouts  # which import this module
+
+    if keys is not None and (found := layouts.find(layouts.clean(keys).values())):
+        return "" if found.name == "torchvision" else describe.hint(path)
+    return describe.hint(path) if keys is None else ""
+
+
+def _from_folder(folder: Path) -> Weights:
+    for name in _EXPORTS:
+        if (folder / name).is_file():
+            return _from_safetensors(folder / name)
+    for checkpoints in (folder / "checkpoints", folder):
+        if (state := checkpoint.latest(checkpoints)) is not None:
+            return _from_training(checkpoints / f"step-{state['step']:08d}.pt", state)
+    raise CheckpointError(
+        f"{folder} holds no weights: neither {_EXPORTS[0]} nor checkpoints/step-*.pt is there. "
+        "Name a run folder, or a weights file"
+    )
+
+
+def _from_safetensors(path: Path) -> Weights:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            meta = dict(json.loads((file.metadata() or {}).get(METADATA_KEY, "{}")))
+    except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: damaged or incomplete ({_first_line(error)}). "
+            "Export or copy it again"
+        ) from error
+    if any(key.startswith(_ONLINE) for key in tensors):  # a full state: interop/state.py
+        return _from_training(path, {"model": tensors, "hyper": meta, "step": meta.get("steps")})
+    return Weights(path, tensors, meta)
+
+
+def _from_training(path: Path, state: dict[str, Any]) -> Weights:
+    tensors = {
+        key.removeprefix(_ONLINE): value
+        for key, value in state["model"].items()
+        if key.startswith(_ONLINE)
+    }
+    if not tensors:
+        raise CheckpointError(f"{path} holds no backbone (no key begins with {_ONLINE})")
+    return Weights(path, tensors, {**state["hyper"], "steps": state.get("step")})
+
+
+def some(names: Any, most: int = 3) -> str:
+    """The first of `names`, for a message."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:most]) + (", …" if len(listed) > most else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -40,7 +40,7 @@ def one_step(self, views):
     global now
     now, before = self.step, digest(self)
     output = real_one(self, views)
-    print("digest", RANK, now, before, digest(self), flush=True)
+    print(f"digest {{RANK}} {{now}} {{before}} {{digest(self)}}\\n", end="", flush=True)
     return output
 trainer.Trainer._one_step = one_step
 
@@ -100,7 +100,7 @@ def test_f15_one_rank_of_two_is_not_finite(runs, images: Path, tmp_path: Path, s
     run.wait()
     assert run.codes == {0: 0, 1: 0}, run.said
     seen = digests(run.said)
-    assert sorted(seen) == list(range(24))
+    assert sorted(seen) == list(range(24)), run.said
     for step, by_rank in seen.items():
         for before, after in by_rank.values():
             assert (before == after) == (step in KINDS), f"update {step}"

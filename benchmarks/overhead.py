@@ -34,10 +34,10 @@ from byol_fast import config as configuration
 from byol_fast import recipes
 from byol_fast.assemble import assemble
 from byol_fast.distributed import World
+from byol_fast.opening import open_data
 from byol_fast.signals import StopSignal
 from byol_fast.step import AUTOCAST, train_step
 from byol_fast.trainer import Trainer
-from pipelines.stores import open_store
 
 NEVER = 1 << 40
 
@@ -136,9 +136,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
         words = ["--data", "synthetic:4096", "--tracker", "none", *given.settings]
         config = configuration.parse([*words, "--out", str(Path(out) / "run")])
-        store = open_store(config.data)
-        resolved = recipes.resolve(config, samples=len(store), world_size=1)
-        trainer, _ = assemble(resolved, store, None, world, stack)
+        data = open_data(config, world, StopSignal())
+        resolved = recipes.resolve(config, samples=data.parts.images, world_size=1)
+        trainer, _ = assemble(resolved, data, world, stack)
         trainer.plan = dataclasses.replace(
             trainer.plan, total_steps=NEVER, eval_every=0, checkpoint_minutes=math.inf
         )

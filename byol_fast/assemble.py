@@ -6,9 +6,10 @@ import contextlib
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 
-from byol_fast import checkpoint, monitor, split
+from byol_fast import checkpoint, monitor, replay, split
 from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
@@ -17,12 +18,14 @@ from byol_fast.errors import CheckpointError
 from byol_fast.graphed import refusal
 from byol_fast.model import BYOL
 from byol_fast.online_eval import OnlineEvaluation
+from byol_fast.opening import Data
 from byol_fast.optim import LARS, param_groups
 from byol_fast.probe import OnlineProbe
 from byol_fast.recipes import Resolved
 from byol_fast.runfolder import RunFolder
 from byol_fast.step import AUTOCAST
 from byol_fast.trainer import RunPlan, Trainer
+from pipelines import parts
 from pipelines.errors import DataError
 from pipelines.pipeline import ViewPipeline, build
 from pipelines.stores import Store
@@ -34,8 +37,7 @@ OUTPUT_SIZE = 256  # of projector and predictor, as in the paper
 
 def assemble(
     resolved: Resolved,
-    store: Store,
-    eval_store: Store | None,
+    data: Data,
     world: World,
     stack: contextlib.ExitStack,
 ) -> tuple[Trainer, RunFolder]:
@@ -43,14 +45,11 @@ def assemble(
     config = resolved.config
     folder = RunFolder(config.out)
     state = _open_folder(folder, world, stack)
-    identity = {
-        "config": configuration.to_dict(config),
-        "data": {"fingerprint": store.fingerprint, "images": len(store)},
-    }
+    identity = {"config": configuration.to_dict(config), "data": data.parts.identity()}
     if state is not None:
         _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
     model = _build_model(config, world)
-    pipeline = _build_pipeline(resolved, store, world)
+    pipeline = _build_pipeline(resolved, data, world)
     stack.callback(pipeline.close)
     optimizer = LARS(
         param_groups(model.online, resolved.weight_decay, adapt=config.optim.adapt),
@@ -58,7 +57,7 @@ def assemble(
         norm=config.optim.norm,
         lr_in_momentum=config.optim.lr_in_momentum,
     )
-    evaluation, probe = _evaluation(config, store, eval_store, model, world)
+    evaluation, probe = _evaluation(config, data, model, world)
     plan = _run_plan(resolved, world)
     runlog = monitor.RunLog(
         folder.path,
@@ -93,6 +92,7 @@ def assemble(
     if world.is_main:
         checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
         checkpoint.write_text(folder.path / split.FILE, resolved.split.to_json())
+        replay.note_parts(folder.path, data.parts)
         folder.status("running", step=trainer.step, total_steps=plan.total_steps)
     return trainer, folder
 
@@ -128,16 +128,17 @@ def _prepare(folder: RunFolder) -> None:
         ) from error
 
 
-def _build_pipeline(resolved: Resolved, store: Store, world: World) -> ViewPipeline:
+def _build_pipeline(resolved: Resolved, data: Data, world: World) -> ViewPipeline:
     config = resolved.config
     backend, _, decode = config.backend.partition(":")
     return build(
-        store,
+        data.store,
         spec=configuration.spec(config),
         batch_size=resolved.global_batch,
         accumulate=resolved.split.accumulate,
         rank=world.rank,
         world_size=world.size,
+        place=data.parts.place(world.rank),
         seed=config.seed,
         device=world.device,
         backend=backend,
@@ -195,31 +196,63 @@ def _build_networks(resolved: Resolved, model: BYOL, plan: RunPlan, world: World
 
 
 def _evaluation(
-    config: Config, store: Store, eval_store: Store | None, model: BYOL, world: World
+    config: Config, data: Data, model: BYOL, world: World
 ) -> tuple[OnlineEvaluation | None, OnlineProbe | None]:
     """kNN on rank 0 and the online probe on every rank, where there are labels for them."""
-    if len(store.classes) < 2:
+    classes, agreed = data.store.classes, data.parts.one_label_space
+    if not agreed:
+        log.warning(
+            "the parts do not hold the same classes: %s. Training without linear probe; each part "
+            "needs an image of every class for one",
+            "; ".join(f"part {part} has {part.classes}" for part in data.parts.parts),
+        )
+    elif len(classes) < 2:
         log.info("the images have no labels: training without kNN accuracy and linear probe")
         return None, None
-    probe = OnlineProbe(model.feature_dim, len(store.classes), world.device)
+    probe = OnlineProbe(model.feature_dim, len(classes), world.device) if agreed else None
     if not world.is_main:
         return None, probe
+    bank, queries, where = _judged_on(data)
     try:
         evaluation = OnlineEvaluation(
-            store,
-            eval_store,
+            bank,
+            queries,
             spec=configuration.spec(config),
             device=world.device,
             threads=config.input.threads,
+            where=where,
         )
     except DataError as error:
-        if eval_store is not None:
+        if data.evaluated is not None:
             raise
         # Measuring is no reason not to train.
         log.warning("training without kNN accuracy (--monitor.eval-data DIR): %s", error)
         return None, probe
-    log.info("kNN and probe accuracy are measured on %s", evaluation.source)
+    measured = "kNN and probe accuracy are" if agreed else "kNN accuracy is"
+    log.info("%s measured on %s", measured, evaluation.source)
     return evaluation, probe
+
+
+def _judged_on(data: Data) -> tuple[Store, Store | None, str]:
+    """Images for neighbours, images for queries (None: some of the same) and what to call them.
+
+    Rank 0 reads one part. If that lacks classes, the evaluation images are neighbours, too.
+    """
+    store, evaluated = data.store, data.evaluated
+    if len(data.parts) == 1:
+        return store, evaluated, "--data"
+    here = f"rank 0's part of --data, {data.parts.of_rank(0)}"
+    present = len(np.unique(np.asarray(store.labels)[np.asarray(store.labels) >= 0]))
+    whole = data.parts.one_label_space and present == len(store.classes)
+    if whole or evaluated is None:
+        log.info("neighbours for kNN, and what the probe learns from, are of %s", here)
+        return store, evaluated, here
+    log.warning(
+        "%s, lacks classes: neighbours for kNN are of --monitor.eval-data, and a probe learns from "
+        "the classes that it has",
+        here,
+    )
+    return evaluated, None, "--monitor.eval-data"
 
 
 def _run_plan(resolved: Resolved, world: World) -> RunPlan:
@@ -259,12 +292,7 @@ def _same_run(state: dict[str, Any], identity: dict[str, Any], *, allowed: bool)
     saved = configuration.from_dict(state["config"], "the checkpoint")
     now = configuration.from_dict(identity["config"])
     changes = configuration.diff(saved, now)
-    if state["data"] != identity["data"]:
-        before, after = state["data"], identity["data"]
-        changes.append(
-            f"data: {before['images']} images ({before['fingerprint'][:12]}) → "
-            f"{after['images']} images ({after['fingerprint'][:12]})"
-        )
+    changes += parts.changes(state["data"], identity["data"])
     if not changes:
         return
     listed = "\n  ".join(changes)

@@ -30,6 +30,7 @@ ACTIONS = {
 }
 RECIPE = "the recipe's"  # what None stands for until `recipes.fill`
 BACKENDS = ("auto", "torch", "dali", "ffcv", "synthetic")
+PARTS = "parts:"  # before a path
 METHODS = ("byol", "simsiam", "directpred", "no-predictor", "group-ws")
 _BACKEND = re.compile(rf"{'|'.join(BACKENDS)}|dali:(cpu|mixed(:(0(\.\d+)?|1(\.0+)?))?)")
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(m|h)|(\d+)")
@@ -308,7 +309,10 @@ class Config(Section):
     """Every setting of a pretraining run."""
 
     data: str = setting(
-        "folder of images, a .npz or .npy of images, or synthetic:N", default="", free=True
+        "folder of images, tar shards, a .beton, a .npz or .npy of images, or synthetic:N; "
+        "parts:PATH where each node holds a part of them",
+        default="",
+        free=True,
     )  # free: a checkpoint holds the data's fingerprint, and copies have other paths
     out: str = setting(
         "folder of the run; one that is there is resumed", default="runs/byol", free=True
@@ -353,6 +357,16 @@ class Config(Section):
             )
         if not self.out:  # an unset shell variable would make the working directory the run's
             raise UsageError("--out must name a folder, got ''")
+
+    @property
+    def data_path(self) -> str:
+        """Where the images are, or what they are."""
+        return self.data.removeprefix(PARTS)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the images at that path may be others on another node."""
+        return self.data.startswith(PARTS)
 
 
 FLAGS = flags_of(Config)

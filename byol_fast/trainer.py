@@ -274,7 +274,7 @@ class Trainer:
         loss = self.world.mean(output.loss.detach().double().cpu())
         numbers = torch.stack([v.double() for v in device_values.values()]).tolist()
         return {
-            "epoch": self.step * self.plan.global_batch / len(self.pipeline.store),
+            "epoch": self.step * self.plan.global_batch / self.pipeline.stream.images_per_epoch,
             "loss": float(loss),
             "lr": self.lr,
             "target_decay": self.decay,
@@ -296,8 +296,9 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         if self.step == self.plan.total_steps:
             return True
-        epochs = self.step * self.plan.global_batch // len(self.pipeline.store)
-        before = (self.step - 1) * self.plan.global_batch // len(self.pipeline.store)
+        images = self.pipeline.stream.images_per_epoch
+        epochs = self.step * self.plan.global_batch // images
+        before = (self.step - 1) * self.plan.global_batch // images
         every = self.plan.eval_every
         return every > 0 and epochs // every > before // every
 

@@ -149,6 +149,10 @@ def test_parts_share_no_draws() -> None:
     both = EpochPlan(SPEC, 3, 0, np.concatenate([sizes, sizes]))  # as if nobody had split them
     np.testing.assert_array_equal(both.windows(rows + n), b.windows(rows))
     np.testing.assert_array_equal(both.colours(rows + n), b.colours(rows))
+    everything = EpochPlan(SPEC, 3, 0, np.concatenate([SIZES["aa"], SIZES["bb"]]))
+    got = streams(("aa", "bb"), 8)[1].rows(2)
+    np.testing.assert_array_equal(got.windows, everything.windows(got.ids + IMAGES["aa"]))
+    np.testing.assert_array_equal(got.colours, everything.colours(got.ids + IMAGES["aa"]))
 
 
 def test_parts_stand_by_fingerprint_with_ids_after_each_other() -> None:

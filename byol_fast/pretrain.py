@@ -133,7 +133,7 @@ def _close(trainer: Trainer, folder: RunFolder, outcome: str, reason: str) -> No
     """Let the writer finish, and say how the run stands; trouble with that is only told."""
     try:
         with contextlib.suppress(SaveError):  # told by the writer
-            trainer.writer.wait()
+            trainer.saving.writer.wait()
         total = trainer.plan.total_steps
         folder.status(outcome, step=trainer.step, total_steps=total, reason=reason)
     except OSError as error:

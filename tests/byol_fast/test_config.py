@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from byol_fast import config
-from byol_fast.config import FLAGS, CheckpointConfig, Config, InputConfig, OptimConfig
+from byol_fast.config import FLAGS, Config
 from byol_fast.flags import UsageError
 from byol_fast.recipes import fill
+from byol_fast.settings import CheckpointConfig, InputConfig, OptimConfig
 from pipelines.spec import VIEW1, VIEW2
 
 

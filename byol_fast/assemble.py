@@ -6,7 +6,6 @@ import contextlib
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 
 from byol_fast import checkpoint, monitor, replay, split
@@ -16,19 +15,16 @@ from byol_fast.config import Config
 from byol_fast.distributed import World, statistics_group
 from byol_fast.errors import CheckpointError
 from byol_fast.graphed import refusal
+from byol_fast.judging import judges
 from byol_fast.model import BYOL
-from byol_fast.online_eval import OnlineEvaluation
 from byol_fast.opening import Data
 from byol_fast.optim import LARS, param_groups
-from byol_fast.probe import OnlineProbe
 from byol_fast.recipes import Resolved
 from byol_fast.runfolder import RunFolder
 from byol_fast.step import AUTOCAST
 from byol_fast.trainer import RunPlan, Trainer
 from pipelines import parts
-from pipelines.errors import DataError
 from pipelines.pipeline import ViewPipeline, build
-from pipelines.stores import Store
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +53,13 @@ def assemble(
         norm=config.optim.norm,
         lr_in_momentum=config.optim.lr_in_momentum,
     )
-    evaluation, probe = _evaluation(config, data, model, world)
+    evaluation, probe = judges(
+        data,
+        world,
+        spec=configuration.spec(config),
+        feature_dim=model.feature_dim,
+        threads=config.input.threads,
+    )
     plan = _run_plan(resolved, world)
     runlog = monitor.RunLog(
         folder.path,
@@ -193,66 +195,6 @@ def _build_networks(resolved: Resolved, model: BYOL, plan: RunPlan, world: World
         dtype=_views_dtype(config, world),
         autocast_dtype=AUTOCAST.get(plan.precision),
     )
-
-
-def _evaluation(
-    config: Config, data: Data, model: BYOL, world: World
-) -> tuple[OnlineEvaluation | None, OnlineProbe | None]:
-    """kNN on rank 0 and the online probe on every rank, where there are labels for them."""
-    classes, agreed = data.store.classes, data.parts.one_label_space
-    if not agreed:
-        log.warning(
-            "the parts do not hold the same classes: %s. Training without linear probe; each part "
-            "needs an image of every class for one",
-            "; ".join(f"part {part} has {part.classes}" for part in data.parts.parts),
-        )
-    elif len(classes) < 2:
-        log.info("the images have no labels: training without kNN accuracy and linear probe")
-        return None, None
-    probe = OnlineProbe(model.feature_dim, len(classes), world.device) if agreed else None
-    if not world.is_main:
-        return None, probe
-    bank, queries, where = _judged_on(data)
-    try:
-        evaluation = OnlineEvaluation(
-            bank,
-            queries,
-            spec=configuration.spec(config),
-            device=world.device,
-            threads=config.input.threads,
-            where=where,
-        )
-    except DataError as error:
-        if data.evaluated is not None:
-            raise
-        # Measuring is no reason not to train.
-        log.warning("training without kNN accuracy (--monitor.eval-data DIR): %s", error)
-        return None, probe
-    measured = "kNN and probe accuracy are" if agreed else "kNN accuracy is"
-    log.info("%s measured on %s", measured, evaluation.source)
-    return evaluation, probe
-
-
-def _judged_on(data: Data) -> tuple[Store, Store | None, str]:
-    """Images for neighbours, images for queries (None: some of the same) and what to call them.
-
-    Rank 0 reads one part. If that lacks classes, the evaluation images are neighbours, too.
-    """
-    store, evaluated = data.store, data.evaluated
-    if len(data.parts) == 1:
-        return store, evaluated, "--data"
-    here = f"rank 0's part of --data, {data.parts.of_rank(0)}"
-    present = len(np.unique(np.asarray(store.labels)[np.asarray(store.labels) >= 0]))
-    whole = data.parts.one_label_space and present == len(store.classes)
-    if whole or evaluated is None:
-        log.info("neighbours for kNN, and what the probe learns from, are of %s", here)
-        return store, evaluated, here
-    log.warning(
-        "%s, lacks classes: neighbours for kNN are of --monitor.eval-data, and a probe learns from "
-        "the classes that it has",
-        here,
-    )
-    return evaluated, None, "--monitor.eval-data"
 
 
 def _run_plan(resolved: Resolved, world: World) -> RunPlan:

@@ -41,19 +41,19 @@ class Measuring:
         backbone: nn.Module,
     ) -> None:
         self._world, self._folder, self._runlog = world, folder, runlog
-        self._evaluation = evaluation if world.is_main else None
+        self.evaluation = evaluation if world.is_main else None
         self._probe, self._backbone = probe, backbone
         self.owed = False
 
     def baselines(self, signal: StopSignal, clock: Clock) -> None:
         """What the trained network has to beat: raw pixels, and itself before training."""
         with self._alone(signal, clock, "the untrained network was evaluated"):
-            if self._evaluation is not None:
-                untrained = self._evaluation.measure(self._backbone)["knn_accuracy"]
+            if self.evaluation is not None:
+                untrained = self.evaluation.measure(self._backbone)["knn_accuracy"]
                 self._folder.add_to_summary(
-                    knn_raw_pixels=self._evaluation.raw_pixels(),
+                    knn_raw_pixels=self.evaluation.raw_pixels(),
                     knn_untrained=untrained,
-                    knn_data=self._evaluation.source,
+                    knn_data=self.evaluation.source,
                 )
                 self._runlog.log(0, {"epoch": 0.0, "knn_accuracy": untrained})
 
@@ -61,10 +61,10 @@ class Measuring:
         """The network after `step` steps."""
         self.owed = True
         with self._alone(signal, clock, "the network was evaluated"):
-            if self._evaluation is not None:
-                values = self._evaluation.measure(self._backbone, self._probe)
+            if self.evaluation is not None:
+                values = self.evaluation.measure(self._backbone, self._probe)
                 self._runlog.log(step, values)
-                self._evaluation.save_embedding(self._folder.path / "embedding.npz")
+                self.evaluation.save_embedding(self._folder.path / "embedding.npz")
                 self._folder.add_to_summary(knn_trained=values["knn_accuracy"])
             self.owed = False
 

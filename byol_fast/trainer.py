@@ -74,8 +74,8 @@ class Trainer:
         graph: bool = False,  # whether the step becomes a CUDA graph
     ) -> None:
         self.world, self.folder, self.plan, self.model = world, folder, plan, model
-        self.optimizer, self.pipeline, self.evaluation = optimizer, pipeline, evaluation
-        self.probe, self.runlog, self.identity = probe, runlog, identity
+        self.optimizer, self.pipeline, self.probe = optimizer, pipeline, probe
+        self.runlog, self.identity = runlog, identity
         with graphed.side_stream(world.device) if graph else nullcontext():
             self.networks = replace(networks, online=data_parallel(networks.online, world))
         self.lr, self.decay = 0.0, plan.target_decay

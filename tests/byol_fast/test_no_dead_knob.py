@@ -93,7 +93,7 @@ def put_together(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[
         resolved = pretrain._resolve(config, data, WORLD)
         trainer, folder = assemble(resolved, data, WORLD, stack)
         stream, source = trainer.pipeline.stream, trainer.pipeline.source
-        assert trainer.evaluation is not None
+        assert trainer.measuring.evaluation is not None
         return {
             "plan": dataclasses.asdict(trainer.plan),
             "spec": stream.spec,
@@ -105,7 +105,7 @@ def put_together(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[
             "threads": source._workers.threads if isinstance(source, TorchSource) else None,
             "sinks": [sink.name for sink in trainer.runlog._sinks],
             "data": data.store.fingerprint,
-            "evaluation": trainer.evaluation.source,
+            "evaluation": trainer.measuring.evaluation.source,
             "out": folder.path.name,
             "verify": asked,
         }

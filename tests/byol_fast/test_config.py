@@ -360,3 +360,14 @@ def test_checkpoints_go_by_time_or_by_steps(every: int | str, steps: int, minute
 def test_trackers(tracker: str, expected: tuple[bool, bool]) -> None:
     monitor = config.parse(["--tracker", tracker]).monitor
     assert (monitor.tensorboard, monitor.wandb) == expected
+
+
+def test_parts_are_said_before_the_path() -> None:
+    for data, path, in_parts in (
+        ("parts:/local/train.beton", "/local/train.beton", True),
+        ("/local/train.beton", "/local/train.beton", False),
+        ("/data/parts:1", "/data/parts:1", False),
+        ("parts:synthetic:8", "synthetic:8", True),
+    ):
+        given = config.parse(["--data", data])
+        assert (given.data_path, given.in_parts) == (path, in_parts)

@@ -34,10 +34,10 @@ from byol_fast import config as configuration
 from byol_fast import recipes
 from byol_fast.assemble import assemble
 from byol_fast.distributed import World
+from byol_fast.opening import open_data
 from byol_fast.signals import StopSignal
 from byol_fast.step import AUTOCAST, train_step
 from byol_fast.trainer import Trainer
-from pipelines.stores import open_store
 
 NEVER = 1 << 40
 
@@ -81,13 +81,13 @@ class Turns:
         endless = itertools.repeat(self.views)
         t.step -= t.step % t.plan.log_every
         middle = t.step + steps // 2
-        t.plan = dataclasses.replace(t.plan, checkpoint_steps=middle if save else 0)
+        t.saving.every_steps = middle if save else 0
         for _ in range(steps):
             output = t._one_step(endless)
             t.after_step(output, self.signal, NEVER)
         if save:
-            self.stalls.append(t.writer.stall_seconds)
-            t.writer.wait()
+            self.stalls.append(t.saving.writer.stall_seconds)
+            t.saving.writer.wait()
 
 
 def measure(trainer: Trainer, *, steps: int, rounds: int) -> dict[str, Any]:
@@ -136,12 +136,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
         words = ["--data", "synthetic:4096", "--tracker", "none", *given.settings]
         config = configuration.parse([*words, "--out", str(Path(out) / "run")])
-        store = open_store(config.data)
-        resolved = recipes.resolve(config, samples=len(store), world_size=1)
-        trainer, _ = assemble(resolved, store, None, world, stack)
-        trainer.plan = dataclasses.replace(
-            trainer.plan, total_steps=NEVER, eval_every=0, checkpoint_minutes=math.inf
-        )
+        data = open_data(config, world, StopSignal())
+        resolved = recipes.resolve(config, samples=data.parts.images, world_size=1)
+        trainer, _ = assemble(resolved, data, world, stack)
+        trainer.plan = dataclasses.replace(trainer.plan, total_steps=NEVER, eval_every=0)
+        trainer.saving.every_minutes = math.inf
         print(json.dumps(measure(trainer, steps=given.steps, rounds=given.rounds), indent=1))
 
 

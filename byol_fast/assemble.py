@@ -8,25 +8,24 @@ from typing import Any
 
 import torch
 
-from byol_fast import checkpoint, monitor, split
+from byol_fast import checkpoint, monitor, replay, split
 from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
 from byol_fast.distributed import World, statistics_group
 from byol_fast.errors import CheckpointError
 from byol_fast.graphed import refusal
+from byol_fast.judging import judges
 from byol_fast.model import BYOL
-from byol_fast.online_eval import OnlineEvaluation
+from byol_fast.opening import Data
 from byol_fast.optim import LARS, param_groups
-from byol_fast.probe import OnlineProbe
 from byol_fast.recipes import Resolved
 from byol_fast.runfolder import RunFolder
 from byol_fast.small_maps import trim
 from byol_fast.step import AUTOCAST
 from byol_fast.trainer import RunPlan, Trainer
-from pipelines.errors import DataError
+from pipelines import parts
 from pipelines.pipeline import ViewPipeline, build
-from pipelines.stores import Store
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +34,7 @@ OUTPUT_SIZE = 256  # of projector and predictor, as in the paper
 
 def assemble(
     resolved: Resolved,
-    store: Store,
-    eval_store: Store | None,
+    data: Data,
     world: World,
     stack: contextlib.ExitStack,
 ) -> tuple[Trainer, RunFolder]:
@@ -44,14 +42,11 @@ def assemble(
     config = resolved.config
     folder = RunFolder(config.out)
     state = _open_folder(folder, world, stack)
-    identity = {
-        "config": configuration.to_dict(config),
-        "data": {"fingerprint": store.fingerprint, "images": len(store)},
-    }
+    identity = {"config": configuration.to_dict(config), "data": data.parts.identity()}
     if state is not None:
         _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
     model = _build_model(config, world)
-    pipeline = _build_pipeline(resolved, store, world)
+    pipeline = _build_pipeline(resolved, data, world)
     stack.callback(pipeline.close)
     optimizer = LARS(
         param_groups(model.online, resolved.weight_decay, adapt=config.optim.adapt),
@@ -59,7 +54,13 @@ def assemble(
         norm=config.optim.norm,
         lr_in_momentum=config.optim.lr_in_momentum,
     )
-    evaluation, probe = _evaluation(config, store, eval_store, model, world)
+    evaluation, probe = judges(
+        data,
+        world,
+        spec=configuration.spec(config),
+        feature_dim=model.feature_dim,
+        threads=config.input.threads,
+    )
     plan = _run_plan(resolved, world)
     runlog = monitor.RunLog(
         folder.path,
@@ -94,6 +95,7 @@ def assemble(
     if world.is_main:
         checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
         checkpoint.write_text(folder.path / split.FILE, resolved.split.to_json())
+        replay.note_parts(folder.path, data.parts)
         folder.status("running", step=trainer.step, total_steps=plan.total_steps)
     return trainer, folder
 
@@ -129,16 +131,17 @@ def _prepare(folder: RunFolder) -> None:
         ) from error
 
 
-def _build_pipeline(resolved: Resolved, store: Store, world: World) -> ViewPipeline:
+def _build_pipeline(resolved: Resolved, data: Data, world: World) -> ViewPipeline:
     config = resolved.config
     backend, _, decode = config.backend.partition(":")
     return build(
-        store,
+        data.store,
         spec=configuration.spec(config),
         batch_size=resolved.global_batch,
         accumulate=resolved.split.accumulate,
         rank=world.rank,
         world_size=world.size,
+        place=data.parts.place(world.rank),
         seed=config.seed,
         device=world.device,
         backend=backend,
@@ -197,34 +200,6 @@ def _build_networks(resolved: Resolved, model: BYOL, plan: RunPlan, world: World
     )
 
 
-def _evaluation(
-    config: Config, store: Store, eval_store: Store | None, model: BYOL, world: World
-) -> tuple[OnlineEvaluation | None, OnlineProbe | None]:
-    """kNN on rank 0 and the online probe on every rank, where there are labels for them."""
-    if len(store.classes) < 2:
-        log.info("the images have no labels: training without kNN accuracy and linear probe")
-        return None, None
-    probe = OnlineProbe(model.feature_dim, len(store.classes), world.device)
-    if not world.is_main:
-        return None, probe
-    try:
-        evaluation = OnlineEvaluation(
-            store,
-            eval_store,
-            spec=configuration.spec(config),
-            device=world.device,
-            threads=config.input.threads,
-        )
-    except DataError as error:
-        if eval_store is not None:
-            raise
-        # Measuring is no reason not to train.
-        log.warning("training without kNN accuracy (--monitor.eval-data DIR): %s", error)
-        return None, probe
-    log.info("kNN and probe accuracy are measured on %s", evaluation.source)
-    return evaluation, probe
-
-
 def _run_plan(resolved: Resolved, world: World) -> RunPlan:
     config = resolved.config
     return RunPlan(
@@ -262,12 +237,7 @@ def _same_run(state: dict[str, Any], identity: dict[str, Any], *, allowed: bool)
     saved = configuration.from_dict(state["config"], "the checkpoint")
     now = configuration.from_dict(identity["config"])
     changes = configuration.diff(saved, now)
-    if state["data"] != identity["data"]:
-        before, after = state["data"], identity["data"]
-        changes.append(
-            f"data: {before['images']} images ({before['fingerprint'][:12]}) → "
-            f"{after['images']} images ({after['fingerprint'][:12]})"
-        )
+    changes += parts.changes(state["data"], identity["data"])
     if not changes:
         return
     listed = "\n  ".join(changes)

@@ -50,12 +50,13 @@ class World:
         dist.all_reduce(values, group=self.control)
         return values / self.size
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, by rank, on every rank."""
-        if self.control is None:
+    def gather(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """Every rank's `value`, by rank, on every rank; `patient`: however long one takes."""
+        group = self.patient if patient else self.control
+        if group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def barrier(self) -> None:

@@ -59,8 +59,9 @@ class NonFinite:
         on_ranks = self._world.gather((skipped, own))  # under fp16 only losses tell, rank by rank
         every = sorted({step for theirs, _ in on_ranks for step in theirs})
         self._count(every, steps)
+        steps_rows = self._world.gather([self._rows(step) for step in every[-KEPT_STEPS:]])
         if self._world.is_main:
-            self._write(every, [losses for _, losses in on_ranks])
+            self._write(every, [losses for _, losses in on_ranks], steps_rows)
         text = self._text(every)
         ending = self._stop or self._in_succession >= LIMIT
         self._runlog.event(every[-1] + 1, "diverged" if ending else "skipped", text)
@@ -88,11 +89,13 @@ class NonFinite:
             f"the rows of the batch are in {self._folder / FILE}"
         )
 
-    def _write(self, every: list[int], losses: list[list[int]]) -> None:
+    def _write(
+        self, every: list[int], losses: list[list[int]], on_ranks: list[list[list[dict[str, Any]]]]
+    ) -> None:
         stream, seed = self._pipeline.stream, self._pipeline.stream.seed
-        for step in every[-KEPT_STEPS:]:
+        for number, step in enumerate(every[-KEPT_STEPS:]):
             ranks = [rank for rank, theirs in enumerate(losses) if step in theirs]
-            rows = self._rows(step)
+            rows = [row for theirs in on_ranks for row in theirs[number]]
             self._described.append(
                 {"step": step + 1, "ranks_with_a_loss_not_finite": ranks, "rows": rows}
             )
@@ -109,13 +112,17 @@ class NonFinite:
         checkpoint.write_text(self._folder / FILE, json.dumps(content) + "\n")
 
     def _rows(self, step: int) -> list[dict[str, Any]]:
-        """The whole batch: where each row stands, which rank had it, and its name."""
-        stream, store = self._pipeline.stream, self._pipeline.store
-        per_rank = stream.batch_size // stream.world_size
-        rows = []
-        for k in range(stream.batch_size):
-            epoch, offset = divmod(step * stream.batch_size + k, len(store))
-            index = int(stream.plan(epoch).order[offset])
-            name = store.name(index)
-            rows.append({"epoch": epoch, "index": index, "rank": k // per_rank, "name": name})
-        return rows
+        """This rank's rows of a step: where each stands, and its name, which the rank alone may
+        know (`index` is the sample's id, over all parts of the data)."""
+        stream, store, rank = self._pipeline.stream, self._pipeline.store, self._world.rank
+        return [
+            {
+                "epoch": plan.epoch,
+                "index": plan.first + row,
+                "rank": rank,
+                "name": store.name(row),
+            }
+            for micro in range(stream.accumulate)
+            for plan, ids in stream.spans(step, micro)
+            for row in ids.tolist()
+        ]

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Literal
 
 from byol_fast._version import __version__
+from byol_fast.config import PARTS
 from byol_fast.errors import Exit
 
 State = Literal["ok", "slow", "missing"]
@@ -63,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0, 2 something asked for is missing, 4 the data is."""
     args = _parse(argv)
     wanted = Wanted(
-        data=args.data, out=args.out, backend=args.backend, device=args.device, ranks=args.ranks
+        data=args.data.removeprefix(PARTS),  # those of this node are what can be looked at
+        out=args.out,
+        backend=args.backend,
+        device=args.device,
+        ranks=args.ranks,
     )
     started = time.perf_counter()
     findings = examine(wanted)

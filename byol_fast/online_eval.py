@@ -24,6 +24,7 @@ class OnlineEvaluation:
     With `eval_store` the queries are its images and the bank the training images; without it a
     fifth of the training images, by a hash of their names, are the queries. BYOL sees no labels, so
     training on the same images is no leak of them; a held-out folder is the stricter test.
+    `where` is what messages call `train`.
 
     Raises:
         DataError: there are labels but they cannot be used (one class, classes that do not match).
@@ -39,8 +40,9 @@ class OnlineEvaluation:
         k: int = 20,
         temperature: float = 0.07,
         threads: int | None = None,
+        where: str = "--data",
     ) -> None:
-        data = prepare(train, eval_store)
+        data = prepare(train, eval_store, where=where)
         self.bank, self.queries = spread(data.train, MAX_BANK), spread(data.test, MAX_QUERIES)
         self.classes, self.source = data.classes, data.source
         self.spec, self.device, self.threads = spec, device, threads

@@ -23,11 +23,11 @@ from byol_fast.signals import StopSignal
 if TYPE_CHECKING:
     from byol_fast.distributed import World
     from byol_fast.failures import Failures
+    from byol_fast.opening import Data
     from byol_fast.recipes import Resolved
     from byol_fast.runfolder import RunFolder
     from byol_fast.split import Split
     from byol_fast.trainer import Trainer
-    from pipelines.stores import Store
 
 log = logging.getLogger("byol_fast")
 
@@ -95,21 +95,22 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
 def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failures) -> None:
     """One session of a run: from the data and the newest checkpoint to the exported backbone."""
     from byol_fast.assemble import assemble
+    from byol_fast.opening import open_data
     from byol_fast.outcome import finish
 
     config = call.config
     with _mistakes():
-        store, eval_store = _open_data(config, world, signal)
-        resolved = _resolve(config, store, world)
-        if call.replay is not None and world.is_main:
+        data = open_data(config, world, signal)
+        resolved = _resolve(config, data, world)
+        if call.replay is not None:
             from byol_fast.replay import replay
 
-            replay(resolved, store, *call.replay)
+            replay(resolved, data, *call.replay, rank=world.rank)
     if call.dry_run or call.replay is not None:
         return
     with contextlib.ExitStack() as stack:
         with _mistakes():
-            trainer, folder = assemble(resolved, store, eval_store, world, stack)
+            trainer, folder = assemble(resolved, data, world, stack)
         outcome, reason = "failed", ""
         if world.is_main:
             notes.last_words = partial(_close, trainer, folder, "failed")
@@ -137,86 +138,14 @@ def _close(trainer: Trainer, folder: RunFolder, outcome: str, reason: str) -> No
     """Let the writer finish, and say how the run stands; trouble with that is only told."""
     try:
         with contextlib.suppress(SaveError):  # told by the writer
-            trainer.writer.wait()
+            trainer.saving.writer.wait()
         total = trainer.plan.total_steps
         folder.status(outcome, step=trainer.step, total_steps=total, reason=reason)
     except OSError as error:
         log.error("status.json could not be written: %s", error)
 
 
-def _open_data(config: Config, world: World, signal: StopSignal) -> tuple[Store, Store | None]:
-    """Rank 0 indexes; the others then read its index. An error of rank 0 is everybody's."""
-    from pipelines.errors import DataError
-    from pipelines.stores import open_store
-
-    def open_both() -> tuple[Store, Store | None]:
-        verify, evaluated = config.input.verify, config.monitor.eval_data
-        train = open_store(config.data, verify=verify, progress=world.is_main)
-        return train, open_store(evaluated, verify=verify) if evaluated else None
-
-    stores: tuple[Store, Store | None] | None = None
-    error: DataError | Preempted | None = None
-    if world.is_main:
-        try:
-            with signal.interrupting("the data was indexed"):
-                stores = open_both()
-        except DataError as caught:
-            error = DataError(str(caught))
-        except Preempted as caught:
-            error = caught
-            _note_preempted(config, str(caught))
-    if (theirs := world.share(error)) is not None:
-        raise theirs
-    train, evaluation = stores or open_both()
-    refuse_other_images(train, config, world)
-    if world.is_main:
-        _tell_quarantined(train)
-    return train, evaluation
-
-
-def refuse_other_images(store: Store, config: Config, world: World) -> None:
-    """Row 7 has to be the same image on every rank: a machine with an older copy is found here.
-
-    Raises:
-        DataError: on every rank, if one has other images than rank 0.
-    """
-    from pipelines.errors import DataError
-
-    images, fingerprint = world.share((len(store), store.fingerprint))
-    other = fingerprint != store.fingerprint
-    if other:
-        log.error(
-            "%s has %d images here (%s), and %d on rank 0 (%s)",
-            *(config.data, len(store), store.fingerprint[:12], images, fingerprint[:12]),
-        )
-    if any(world.any(other)):
-        raise DataError(
-            f"{config.data} does not hold the same images on every machine: copy it again where it "
-            "differs, or keep it on a file system that all of them share"
-        )
-
-
-def _note_preempted(config: Config, reason: str) -> None:
-    """`status.json` of a run that was stopped before it had begun; not if it is another's."""
-    from byol_fast.runfolder import RunFolder
-
-    with contextlib.suppress(ValueError, OSError), RunFolder(config.out) as folder:
-        before = folder.read_status()
-        step, total = before.get("step", 0), before.get("total_steps", 0)
-        folder.status("preempted", step=step, total_steps=total, reason=reason)
-
-
-def _tell_quarantined(store: Store) -> None:
-    if not store.quarantined:
-        return
-    log.warning("%d broken images are left out:", len(store.quarantined))
-    for name, reason in store.quarantined[:20]:
-        log.warning("  %s: %s", name, reason)
-    if len(store.quarantined) > 20:
-        log.warning("  and %d more", len(store.quarantined) - 20)
-
-
-def _resolve(config: Config, store: Store, world: World) -> Resolved:
+def _resolve(config: Config, data: Data, world: World) -> Resolved:
     from byol_fast import recipes, split
 
     before: Split | ValueError | None = None
@@ -228,9 +157,16 @@ def _resolve(config: Config, store: Store, world: World) -> Resolved:
     before = world.share(before)
     if isinstance(before, ValueError):
         raise before
-    resolved = recipes.resolve(config, samples=len(store), world_size=world.size, before=before)
+    parts = data.parts
+    resolved = recipes.resolve(config, samples=parts.images, world_size=world.size, before=before)
+    parts.refuse_small(resolved.global_batch)
     for line in resolved.arithmetic():
         log.info(line)
+    if config.in_parts:
+        for line in parts.lines(resolved.global_batch):
+            log.info(line)
+    if world.is_main and (uneven := parts.unevenness()):
+        log.warning(uneven)
     return resolved
 
 

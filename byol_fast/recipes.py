@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from byol_fast.config import FLAGS, RECIPE, Config, get, replace
+from byol_fast.config import FLAGS, Config, get, replace
+from byol_fast.settings import RECIPE
 from byol_fast.split import Split, share_out
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -18,13 +17,15 @@ from byol_fast.clock import Clock
 from byol_fast.compiled import Networks
 from byol_fast.distributed import World, data_parallel
 from byol_fast.divergence import NonFinite
-from byol_fast.errors import Diverged, Preempted, SaveError
+from byol_fast.errors import Diverged, Preempted
 from byol_fast.guard import Guard
+from byol_fast.measuring import Measuring
 from byol_fast.model import BYOL
 from byol_fast.online_eval import OnlineEvaluation, save_view_pairs
 from byol_fast.optim import LARS, set_lr
 from byol_fast.probe import OnlineProbe
 from byol_fast.runfolder import RunFolder
+from byol_fast.saving import Saving
 from byol_fast.schedules import learning_rate, target_decay
 from byol_fast.signals import StopSignal
 from byol_fast.step import AUTOCAST, StepOutput, train_step
@@ -73,8 +74,8 @@ class Trainer:
         graph: bool = False,  # whether the step becomes a CUDA graph
     ) -> None:
         self.world, self.folder, self.plan, self.model = world, folder, plan, model
-        self.optimizer, self.pipeline, self.evaluation = optimizer, pipeline, evaluation
-        self.probe, self.runlog, self.identity = probe, runlog, identity
+        self.optimizer, self.pipeline, self.probe = optimizer, pipeline, probe
+        self.runlog, self.identity = runlog, identity
         with graphed.side_stream(world.device) if graph else nullcontext():
             self.networks = replace(networks, online=data_parallel(networks.online, world))
         self.lr, self.decay = 0.0, plan.target_decay
@@ -97,14 +98,27 @@ class Trainer:
         self.step = 0
         self.clock, self._seconds_before = Clock(), 0.0
         self._probe_loss = torch.zeros((), device=world.device)
-        self._saved_step, self._saved_at = -1, time.monotonic()
-        self._save_owed = self._evaluation_owed = False
-        self.writer = CheckpointWriter(
+        self.measuring = Measuring(
+            world,
+            folder,
+            runlog,
+            evaluation=evaluation,
+            probe=probe,
+            backbone=model.online.encoder.backbone,
+        )
+        writer = CheckpointWriter(
             folder.checkpoints,
             keep=plan.keep_checkpoints,
             keep_every=plan.keep_every,
             before=runlog.sync,  # the log reaches as far as the checkpoint does
             after=lambda step: folder.status("running", step=step, total_steps=plan.total_steps),
+        )
+        self.saving = Saving(
+            world,
+            writer,
+            every_steps=plan.checkpoint_steps,
+            every_minutes=plan.checkpoint_minutes,
+            keep_every=plan.keep_every,
         )
 
     def state(self) -> dict[str, Any]:
@@ -116,7 +130,7 @@ class Trainer:
             "probe": self.probe.state_dict() if self.probe else {},
             "seconds": self.clock.seconds,
             "skipped_steps": self.nonfinite.total,
-            "evaluation_owed": self._evaluation_owed,
+            "evaluation_owed": self.measuring.owed,
             **self.identity,
         }
 
@@ -128,9 +142,10 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         if self.probe and state["probe"]:
             self.probe.load_state_dict(state["probe"])
-        self.step, self._saved_step = state["step"], state["step"]
+        self.step = state["step"]
+        self.saving.resumed(self.step)
         self.nonfinite.total = state.get("skipped_steps", 0)
-        self._evaluation_owed = state.get("evaluation_owed", False)
+        self.measuring.owed = state.get("evaluation_owed", False)
         self.clock, self._seconds_before = Clock(state["seconds"], self.step), state["seconds"]
 
     @property
@@ -148,9 +163,9 @@ class Trainer:
         """
         stop = min(self.plan.total_steps, self.plan.stop_after)
         if self.step == 0:
-            self._baselines(signal)
-        elif self._evaluation_owed:
-            self._evaluate(signal)
+            self.measuring.baselines(signal, self.clock)
+        elif self.measuring.owed:
+            self.measuring.measure(self.step, signal, self.clock)
         self._leave_if_asked(signal)
         views = self.pipeline.steps(self.step, stop)
         self.clock.lap()
@@ -164,12 +179,12 @@ class Trainer:
         if self.step % self.plan.log_every == 0 or self.step in (1, stop):
             self._log(output)
         if self._evaluation_due():
-            self._evaluate(signal)
+            self.measuring.measure(self.step, signal, self.clock)
         ending, saving, failed = self.world.any(
-            signal.received, self._checkpoint_due(stop), self.writer.error is not None
+            signal.received, self.saving.due(self.step, stop), self.saving.failed
         )
         if failed and not ending:
-            self._settle_save()
+            self.saving.settle()
         if ending or saving:
             self._save(wait=ending or self.step == stop)
         if ending:
@@ -274,89 +289,24 @@ class Trainer:
         loss = self.world.mean(output.loss.detach().double().cpu())
         numbers = torch.stack([v.double() for v in device_values.values()]).tolist()
         return {
-            "epoch": self.step * self.plan.global_batch / len(self.pipeline.store),
+            "epoch": self.step * self.plan.global_batch / self.pipeline.stream.images_per_epoch,
             "loss": float(loss),
             "lr": self.lr,
             "target_decay": self.decay,
             **dict(zip(device_values, numbers, strict=True)),
         }
 
-    def _baselines(self, signal: StopSignal) -> None:
-        """What the trained network has to beat: raw pixels, and itself before training."""
-        with self._alone(signal, "the untrained network was evaluated"):
-            if self.evaluation is not None and self.world.is_main:
-                untrained = self.evaluation.measure(self._backbone())["knn_accuracy"]
-                self.folder.add_to_summary(
-                    knn_raw_pixels=self.evaluation.raw_pixels(),
-                    knn_untrained=untrained,
-                    knn_data=self.evaluation.source,
-                )
-                self.runlog.log(0, {"epoch": 0.0, "knn_accuracy": untrained})
-
     def _evaluation_due(self) -> bool:
         if self.step == self.plan.total_steps:
             return True
-        epochs = self.step * self.plan.global_batch // len(self.pipeline.store)
-        before = (self.step - 1) * self.plan.global_batch // len(self.pipeline.store)
+        images = self.pipeline.stream.images_per_epoch
+        epochs = self.step * self.plan.global_batch // images
+        before = (self.step - 1) * self.plan.global_batch // images
         every = self.plan.eval_every
         return every > 0 and epochs // every > before // every
-
-    def _evaluate(self, signal: StopSignal) -> None:
-        self._evaluation_owed = True
-        with self._alone(signal, "the network was evaluated"):
-            if self.evaluation is not None and self.world.is_main:
-                values = self.evaluation.measure(self._backbone(), self.probe)
-                self.runlog.log(self.step, values)
-                self.evaluation.save_embedding(self.folder.path / "embedding.npz")
-                self.folder.add_to_summary(knn_trained=values["knn_accuracy"])
-            self._evaluation_owed = False
-
-    def _checkpoint_due(self, stop: int) -> bool:
-        if self.step == stop:
-            return self._saved_step != self.step
-        if not self.world.is_main:
-            return False
-        plan, before = self.plan, self.step - 1
-        spans = [plan.checkpoint_steps or None, plan.keep_every]
-        by_steps = any(self.step // span > before // span for span in spans if span)
-        by_time = time.monotonic() - self._saved_at > 60 * plan.checkpoint_minutes
-        # One at a time: what falls due while another is being written is saved right after it.
-        self._save_owed |= by_steps or by_time
-        return self._save_owed and not self.writer.busy
 
     def _save(self, *, wait: bool) -> None:
         """Hand a checkpoint to the writer; with `wait`, until it is on the disk."""
         self.nonfinite.look()
-        if self.world.is_main:
-            self.writer.save(self.step, self.state())
-        self._saved_step, self._saved_at, self._save_owed = self.step, time.monotonic(), False
-        if wait:
-            self._settle_save()
-
-    def _settle_save(self) -> None:
-        """Wait for rank 0's writer; its error is everybody's."""
-        error = None
-        if self.world.is_main:
-            try:
-                self.writer.wait()
-            except Exception as caught:  # whatever the thread met
-                error = str(caught)
-        if message := self.world.share(error):
-            raise SaveError(message)
-
-    def _backbone(self) -> torch.nn.Module:
-        return self.model.online.encoder.backbone
-
-    @contextmanager
-    def _alone(self, signal: StopSignal, doing: str) -> Iterator[None]:
-        """Rank 0 works while the others wait; the time does not count as training.
-
-        A signal to rank 0 ends the block early. All ranks then learn of it where they agree.
-        """
-        with self.clock.paused():
-            try:
-                with signal.interrupting(doing) if self.world.is_main else nullcontext():
-                    yield
-            except Preempted as error:
-                monitor.log.warning("%s: left unfinished", error)
-            self.world.barrier()
+        state = self.state() if self.world.is_main else None
+        self.saving.save(self.step, state, wait=wait)

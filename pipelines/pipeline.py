@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import Augment, choose
-from pipelines.plan import Rows, RowStream
+from pipelines.plan import Place, Rows, RowStream
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store, open_store
 from pipelines.timing import Timer
@@ -29,7 +29,7 @@ class Views:
     """One micro-batch of one rank, ready on the device's current stream."""
 
     x: Tensor  # [2, B, 3, S, S] in build's dtype, normalised, each view channels_last
-    index: Tensor  # [B] int64 on the CPU: sample ids
+    index: Tensor  # [B] int64 on the CPU: rows of the store
     label: Tensor  # [B] int64 on the device, -1 where there is none
 
 
@@ -81,7 +81,7 @@ class ViewPipeline:
 
     def stats(self) -> dict[str, Any]:
         """Seconds since the start: `decode` (all workers), `wait`, `copy`, `augment`; `bad` images
-        as {sample id: reason}."""
+        as {row: reason}."""
         return {
             **self.source.waits,
             "augment": self._augment_timer.seconds(),
@@ -101,6 +101,7 @@ def build(
     accumulate: int = 1,
     rank: int = 0,
     world_size: int = 1,
+    place: Place | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     backend: str = "auto",
@@ -117,6 +118,7 @@ def build(
         spec: the two views and the image size.
         batch_size: images of one optimizer step over all ranks; each rank gets
             batch_size / world_size of them in `accumulate` micro-batches.
+        place: where this rank stands if `data` is one of several parts; see `pipelines.parts`.
         seed: with the epoch and the sample it decides everything random.
         device: where the views are wanted.
         backend: `auto`, `torch`, `dali`, `ffcv` or `synthetic`; `auto` takes DALI where there is a
@@ -142,6 +144,7 @@ def build(
         accumulate=accumulate,
         rank=rank,
         world_size=world_size,
+        place=place,
     )
     augment = choose(spec, device, dtype)
     backend = choose_backend(backend, store, device)

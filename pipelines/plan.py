@@ -6,6 +6,7 @@ can be made at any time, on any rank, by any backend, and resuming is starting a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipelines.errors import DataError
 from pipelines.rng import F64, Slot
 from pipelines.spec import JITTER_ORDERS, AugmentSpec, Colour
 
-__all__ = ["EpochPlan", "RowStream", "Rows", "centre_windows", "total_steps"]
+__all__ = ["EpochPlan", "Place", "RowStream", "Rows", "centre_windows", "total_steps"]
 
 Ids = npt.NDArray[np.int64]
 
@@ -30,10 +31,14 @@ class EpochPlan:
         seed: the run's seed, any non-negative integer below 2^63.
         epoch: counted from 0.
         sizes: `[n, 2]` heights and widths in pixels, one row per sample.
+        first: sample id of row 0. Rows are counted from 0 in the store; what is drawn for one
+            follows from its id, so two stores with ids of their own share no numbers.
     """
 
-    def __init__(self, spec: AugmentSpec, seed: int, epoch: int, sizes: npt.ArrayLike) -> None:
-        self.spec, self.seed, self.epoch = spec, seed, epoch
+    def __init__(
+        self, spec: AugmentSpec, seed: int, epoch: int, sizes: npt.ArrayLike, first: int = 0
+    ) -> None:
+        self.spec, self.seed, self.epoch, self.first = spec, seed, epoch, first
         self.sizes = np.asarray(sizes)
         if self.sizes.ndim != 2 or self.sizes.shape[1] != 2:
             raise ValueError(f"sizes must be [n, 2] (height, width), got {self.sizes.shape}")
@@ -46,17 +51,16 @@ class EpochPlan:
 
     @property
     def order(self) -> Ids:
-        """`[n]` sample ids in the order in which the epoch shows them: a permutation."""
+        """`[n]` rows in the order in which the epoch shows them: a permutation."""
         if self._order is None:
-            states = rng.states(self.seed, self.epoch, np.arange(len(self), dtype=np.int64))
-            keys = rng.order_keys(states)
+            keys = rng.order_keys(self._states(np.arange(len(self), dtype=np.int64)))
             self._order = np.argsort(keys, kind="stable").astype(np.int64, copy=False)
         return self._order
 
     def windows(self, ids: npt.ArrayLike) -> Windows:
-        """Crop windows `[n, 2, 4]` of the samples `ids`: top, left, height, width in pixels."""
+        """Crop windows `[n, 2, 4]` of the rows `ids`: top, left, height, width in pixels."""
         ids = self._checked(ids)
-        states, sizes = rng.states(self.seed, self.epoch, ids), self.sizes[ids].astype(np.float64)
+        states, sizes = self._states(ids), self.sizes[ids].astype(np.float64)
         return np.stack(
             [
                 draw_windows(rng.Draws(states, number), view, sizes, self.spec.semantics)
@@ -67,7 +71,7 @@ class EpochPlan:
 
     def colours(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Photometric parameters `[n, 2, len(Colour)]`; columns as in `spec.Colour`."""
-        states = rng.states(self.seed, self.epoch, self._checked(ids))
+        states = self._states(self._checked(ids))
         out = np.zeros((len(states), 2, len(Colour)), dtype=np.float32)
         additive = self.spec.semantics == "deepmind"
         for view, s in enumerate(self.spec.views):
@@ -86,10 +90,13 @@ class EpochPlan:
             table[:, Colour.SOLARIZE] = draw(Slot.SOLARIZE) < s.solarize
         return out
 
+    def _states(self, ids: Ids) -> rng.U64:
+        return rng.states(self.seed, self.epoch, self.first + ids)
+
     def _checked(self, ids: npt.ArrayLike) -> Ids:
         ids = np.asarray(ids, dtype=np.int64)
         if ids.ndim != 1 or (len(ids) and (ids.min() < 0 or ids.max() >= len(self))):
-            raise ValueError(f"ids must be a 1-d array of sample ids in [0, {len(self)})")
+            raise ValueError(f"ids must be a 1-d array of rows in [0, {len(self)})")
         return ids
 
 
@@ -103,12 +110,22 @@ def _around(uniform: F64, strength: float, additive: bool) -> F64:
 class Rows:
     """Some rows of the table: what a source has to cut, and how the views are coloured."""
 
-    ids: Ids  # [b]
+    ids: Ids  # [b] rows of the store
     windows: npt.NDArray[np.int32]  # [b, views, 4] top, left, height, width
     colours: npt.NDArray[np.float32]  # [b, views, len(Colour)]
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank stands that reads one part of the data; see `pipelines.parts`."""
+
+    first: int  # sample id of its part's row 0
+    images: int  # of all parts together: an epoch of the run
+    rank: int  # among those that read its part
+    ranks: int  # that read its part
 
 
 class RowStream:
@@ -122,6 +139,10 @@ class RowStream:
     The `batch_size` rows are cut into world_size * accumulate consecutive micro-batches; rank r
     takes those from r * accumulate on. So 2 ranks and 1 rank accumulating twice see the same
     micro-batches, and the global sequence is the same for every number of ranks.
+
+    With a `place` the data is one of several parts. The ranks of a part take as many of a step's
+    rows as they are of all ranks, from that part's own endless sequence; an epoch of the run has
+    passed when as many rows as all parts have images have.
     """
 
     def __init__(
@@ -134,6 +155,7 @@ class RowStream:
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        place: Place | None = None,  # None: every rank reads the same images
     ) -> None:
         self.sizes = np.asarray(sizes)
         if batch_size < 1 or batch_size % (world_size * accumulate):
@@ -141,7 +163,9 @@ class RowStream:
                 f"batch_size {batch_size} must be a multiple of ranks x accumulate = "
                 f"{world_size} x {accumulate}"
             )
-        if batch_size > len(self.sizes):
+        self.place = place or Place(first=0, images=len(self.sizes), rank=rank, ranks=world_size)
+        self._share = batch_size // world_size * self.place.ranks  # rows of a step that are ours
+        if self._share > len(self.sizes):
             raise DataError(
                 f"batch_size {batch_size} is larger than the data set ({len(self.sizes)} images): "
                 f"use --batch-size {max(1, len(self.sizes) // 2)} or less, or more images"
@@ -157,37 +181,53 @@ class RowStream:
         """Images of one forward pass on one rank."""
         return self.batch_size // (self.world_size * self.accumulate)
 
+    @property
+    def images_per_epoch(self) -> int:
+        """Rows that pass in an epoch of the run, over all ranks."""
+        return self.place.images
+
     def steps(self, epoch: int) -> range:
         """Global step numbers that start in `epoch`."""
-        n, b = len(self.sizes), self.batch_size
+        n, b = self.images_per_epoch, self.batch_size
         return range(-(-epoch * n // b), -(-(epoch + 1) * n // b))
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which `step` starts."""
-        return step * self.batch_size // len(self.sizes)
+        return step * self.batch_size // self.images_per_epoch
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of one epoch; the newest two are kept, as a step can touch two."""
         if epoch not in self._plans:
             while len(self._plans) >= 2:
                 del self._plans[min(self._plans)]
-            self._plans[epoch] = EpochPlan(self.spec, self.seed, epoch, self.sizes)
+            self._plans[epoch] = EpochPlan(
+                self.spec, self.seed, epoch, self.sizes, self.place.first
+            )
         return self._plans[epoch]
 
-    def rows(self, step: int, micro: int = 0) -> Rows:
-        """The rows of this rank's micro-batch `micro` of the global step `step`."""
-        position = step * self.batch_size + (self.rank * self.accumulate + micro) * self.micro_batch
-        end, parts = position + self.micro_batch, list[Rows]()
+    def spans(self, step: int, micro: int = 0) -> Iterator[tuple[EpochPlan, Ids]]:
+        """Which rows `rows` gives, with the plan of the epoch that each run of them is from.
+
+        An epoch is one of the store: where the data is a part, not one of the run.
+        """
+        place = self.place
+        position = step * self._share
+        position += (place.rank * self.accumulate + micro) * self.micro_batch
+        end = position + self.micro_batch
         while position < end:
             epoch, offset = divmod(position, len(self.sizes))
             plan = self.plan(epoch)
             ids = plan.order[offset : offset + end - position]
-            parts.append(Rows(ids, plan.windows(ids), plan.colours(ids)))
+            yield plan, ids
             position += len(ids)
+
+    def rows(self, step: int, micro: int = 0) -> Rows:
+        """The rows of this rank's micro-batch `micro` of the global step `step`."""
+        spans = list(self.spans(step, micro))
         return Rows(
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.windows for part in parts]),
-            np.concatenate([part.colours for part in parts]),
+            np.concatenate([ids for _, ids in spans]),
+            np.concatenate([plan.windows(ids) for plan, ids in spans]),
+            np.concatenate([plan.colours(ids) for plan, ids in spans]),
         )
 
 

@@ -12,7 +12,17 @@ METHOD = [
     *("model", "step", "optim", "norm", "loss", "schedules", "compiled", "graphed"),
     *("lars_updates", "fused_update", "apex_update", "predictors", "groupnorm", "backbone"),
 ]
-LIGHT = ["config", "recipes", "split", "cli", "flags", "arguments", "errors", "_version"]
+LIGHT = [
+    "config",
+    "recipes",
+    "settings",
+    "split",
+    "cli",
+    "flags",
+    "arguments",
+    "errors",
+    "_version",
+]
 
 # Packages that an installation may lack, and the files that exist to use them.
 OPTIONAL = {"nvidia", "ffcv", "numba", "llvmlite", "apex", "wandb", "triton", "sklearn", "joblib"}

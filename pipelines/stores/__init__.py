@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ MEND = (
 
 @runtime_checkable
 class Store(Protocol):
-    """A fixed table of images; row numbers are the sample ids of a plan. Read from any thread."""
+    """A fixed table of images; row numbers are what a plan orders. Read from any thread."""
 
     @property
     def encoded(self) -> bool:
@@ -102,27 +102,59 @@ def open_store(
 
         images, labels = data if isinstance(data, tuple) else (data, None)
         return ArrayStore(images, labels)
-    text, path = str(data), Path(data).expanduser()
+    text = str(data)
     if not text:
         raise DataError(f"no data set was named: {MEND}")
     if text.startswith("synthetic:"):
         from pipelines.stores.synthetic import SyntheticStore
 
         return SyntheticStore.parse(text)
+    path = Path(data).expanduser()
+    indexing = Indexing(
+        verify=verify, workers=workers, progress=progress, max_bad_share=max_bad_share
+    )
+    store = _indexed(path, root, indexing)
+    store = _as_it_is(path) if store is None else store
+    if store is None:
+        if path.exists():
+            raise DataError(f"{path} is not a data set this version reads: {MEND}")
+        raise DataError(f"{path} does not exist: check the path, or {MEND}")
+    return store
+
+
+class Indexing(TypedDict):
+    """How images are indexed; see `open_store`."""
+
+    verify: bool
+    workers: int | None
+    progress: bool
+    max_bad_share: float
+
+
+def _indexed(path: Path, root: str | Path | None, indexing: Indexing) -> Store | None:
+    """What has to be indexed on first use: tar shards, a folder, a list of images."""
     from pipelines.stores.tarshards import is_tar
 
     if is_tar(path):
         from pipelines.stores.tar import TarStore
 
-        return TarStore.open(
-            path, verify=verify, workers=workers, progress=progress, max_bad_share=max_bad_share
-        )
+        return TarStore.open(path, **indexing)
     if path.is_dir():
         from pipelines.stores.folder import FolderStore
 
-        return FolderStore.open(
-            path, verify=verify, workers=workers, progress=progress, max_bad_share=max_bad_share
-        )
+        return FolderStore.open(path, **indexing)
+    from pipelines.stores.listfile import SUFFIXES
+
+    if path.suffix in SUFFIXES and path.is_file():
+        from pipelines.stores.listed import ListStore
+
+        below = None if root is None else Path(root).expanduser()
+        return ListStore.open(path, below, **indexing)
+    return None
+
+
+def _as_it_is(path: Path) -> Store | None:
+    """A file that says itself where its images are."""
     if path.suffix == ".beton" and path.is_file():
         from pipelines.stores.beton import BetonStore
 
@@ -131,19 +163,4 @@ def open_store(
         from pipelines.stores.arrays import load_arrays
 
         return load_arrays(path)
-    from pipelines.stores.listfile import SUFFIXES
-
-    if path.suffix in SUFFIXES and path.is_file():
-        from pipelines.stores.listed import ListStore
-
-        return ListStore.open(
-            path,
-            None if root is None else Path(root).expanduser(),
-            verify=verify,
-            workers=workers,
-            progress=progress,
-            max_bad_share=max_bad_share,
-        )
-    if path.exists():
-        raise DataError(f"{path} is not a data set this version reads: {MEND}")
-    raise DataError(f"{path} does not exist: check the path, or {MEND}")
+    return None

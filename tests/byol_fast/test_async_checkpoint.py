@@ -11,8 +11,8 @@ import torch
 
 from byol_fast import checkpoint
 from byol_fast.async_checkpoint import CheckpointWriter
-from byol_fast.config import CheckpointConfig
 from byol_fast.errors import SaveError
+from byol_fast.settings import CheckpointConfig
 
 
 class Slow:

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from byol_fast import config
-from byol_fast.config import FLAGS, CheckpointConfig, Config, InputConfig, OptimConfig
+from byol_fast.config import FLAGS, Config
 from byol_fast.flags import UsageError
 from byol_fast.recipes import fill
+from byol_fast.settings import CheckpointConfig, InputConfig, OptimConfig
 from pipelines.spec import VIEW1, VIEW2
 
 
@@ -359,3 +360,14 @@ def test_checkpoints_go_by_time_or_by_steps(every: int | str, steps: int, minute
 def test_trackers(tracker: str, expected: tuple[bool, bool]) -> None:
     monitor = config.parse(["--tracker", tracker]).monitor
     assert (monitor.tensorboard, monitor.wandb) == expected
+
+
+def test_parts_are_said_before_the_path() -> None:
+    for data, path, in_parts in (
+        ("parts:/local/train.beton", "/local/train.beton", True),
+        ("/local/train.beton", "/local/train.beton", False),
+        ("/data/parts:1", "/data/parts:1", False),
+        ("parts:synthetic:8", "synthetic:8", True),
+    ):
+        given = config.parse(["--data", data])
+        assert (given.data_path, given.in_parts) == (path, in_parts)

@@ -22,6 +22,7 @@ from byol_fast.compiled import Networks, as_they_stand
 from byol_fast.distributed import World
 from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
+from byol_fast.opening import open_data
 from byol_fast.optim import LARS, param_groups
 from byol_fast.signals import StopSignal
 from byol_fast.step import StepOutput, train_step
@@ -145,9 +146,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[An
     )
     with contextlib.ExitStack() as stack:
         with StopSignal() as signal:
-            store, eval_store = pretrain._open_data(config, HOST, signal)
-        resolved = pretrain._resolve(config, store, HOST)
-        trainer, _ = assemble(resolved, store, eval_store, HOST, stack)
+            data = open_data(config, HOST, signal)
+        resolved = pretrain._resolve(config, data, HOST)
+        trainer, _ = assemble(resolved, data, HOST, stack)
         yield trainer, list(trainer.pipeline.steps(0, 4))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from byol_fast import alarms, checkpoint, config, gauges
 from byol_fast.compiled import as_they_stand, compiled
-from byol_fast.config import METHODS, Config, ModelConfig
+from byol_fast.config import Config
 from byol_fast.distributed import World, data_parallel
 from byol_fast.flags import UsageError
 from byol_fast.loss import pair_loss
@@ -24,6 +24,7 @@ from byol_fast.optim import LARS, param_groups
 from byol_fast.predictors import DirectPred, closed_form
 from byol_fast.pretrain import main
 from byol_fast.recipes import resolve
+from byol_fast.settings import METHODS, ModelConfig
 from byol_fast.step import train_step
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -17,6 +17,7 @@ from byol_fast import config as configuration
 from byol_fast.assemble import assemble
 from byol_fast.config import FLAGS
 from byol_fast.distributed import World
+from byol_fast.opening import open_data
 from byol_fast.signals import StopSignal
 from pipelines.sources.torch_source import TorchSource
 
@@ -88,11 +89,11 @@ def put_together(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[
             lambda *a, **k: (asked.append(k["verify"]), real(*a, **k))[1],
         )
         config = configuration.parse(arguments)
-        store, eval_store = pretrain._open_data(config, WORLD, StopSignal())
-        resolved = pretrain._resolve(config, store, WORLD)
-        trainer, folder = assemble(resolved, store, eval_store, WORLD, stack)
+        data = open_data(config, WORLD, StopSignal())
+        resolved = pretrain._resolve(config, data, WORLD)
+        trainer, folder = assemble(resolved, data, WORLD, stack)
         stream, source = trainer.pipeline.stream, trainer.pipeline.source
-        assert trainer.evaluation is not None
+        assert trainer.measuring.evaluation is not None
         return {
             "plan": dataclasses.asdict(trainer.plan),
             "spec": stream.spec,
@@ -103,8 +104,8 @@ def put_together(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[
             "source": type(source).__name__,
             "threads": source._workers.threads if isinstance(source, TorchSource) else None,
             "sinks": [sink.name for sink in trainer.runlog._sinks],
-            "data": store.fingerprint,
-            "evaluation": trainer.evaluation.source,
+            "data": data.store.fingerprint,
+            "evaluation": trainer.measuring.evaluation.source,
             "out": folder.path.name,
             "verify": asked,
         }

@@ -62,7 +62,13 @@ class Zygote:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            # Buffered, so that a printed line is one write: ranks share an output file.
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+                "PYTHONUNBUFFERED": "",
+            },
             start_new_session=True,
         )
         assert self._answer() == {"ready": True}

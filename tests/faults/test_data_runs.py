@@ -30,10 +30,11 @@ from byol_fast import assemble, checkpoint
 from byol_fast.config import parse
 from byol_fast.distributed import World
 from byol_fast.model import BYOL
+from byol_fast.opening import agree_on_parts
 from byol_fast.pretrain import main as pretrain
-from byol_fast.pretrain import refuse_other_images
 from pipelines.convert import main as convert
 from pipelines.errors import DataError
+from pipelines.parts import Held
 from pipelines.sources.torch_source import resize_crop
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store, open_store
@@ -350,12 +351,11 @@ def test_ranks_whose_images_differ_are_refused(unlabelled: Path, tmp_path: Path)
     other = open_store(make_folder(tmp_path / "images", images=48, seed=9), progress=False)
     config = parse(["--data", str(unlabelled)])
 
-    def world(store: Store, any_differs: bool) -> World:
-        told = SimpleNamespace(share=lambda value: (len(store), store.fingerprint))
-        told.any = lambda differs: (differs or any_differs,)
-        return cast(World, told)
+    def world(store: Store, elsewhere: bool) -> World:
+        held = [Held.of(store), Held.of(other if elsewhere else mine)]
+        return cast(World, SimpleNamespace(gather=lambda mine: held))
 
-    refuse_other_images(mine, config, world(mine, any_differs=False))
+    assert len(agree_on_parts(mine, config, world(mine, elsewhere=False))) == 1
     for of_rank_0, elsewhere in ((other, False), (mine, True)):  # here, or on some other rank
         with pytest.raises(DataError, match="does not hold the same images on every machine"):
-            refuse_other_images(mine, config, world(of_rank_0, elsewhere))
+            agree_on_parts(mine, config, world(of_rank_0, elsewhere))

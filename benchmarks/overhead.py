@@ -8,6 +8,10 @@ up: the bare step, with the guard, as the trainer takes it with its log, and tha
 in the turn, until that is on the disk. A ratio is a turn by the bare turn of its round; shown are
 median, least and greatest, of wall time and of processor time (all threads), which a busy machine
 disturbs less.
+
+Ratios of whole turns are as noisy as the machine. `share of …` is not: the seconds of a logged turn
+that are spent inside the guard's calls and inside the log's (gauges, alarms, files), by its seconds
+as a whole.
 """
 
 from __future__ import annotations
@@ -42,6 +46,36 @@ from byol_fast.trainer import Trainer
 NEVER = 1 << 40
 
 
+class Watch:
+    """Seconds inside calls, by group; a call within another counts with that one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._gpu, self._inside = device.type == "cuda", False
+
+    def over(self, owner: object, name: str, group: str) -> None:
+        """From now on time the method `name` of an object."""
+        real = getattr(owner, name)
+        self.seconds[group] = 0.0
+
+        def timed(*args: Any, **options: Any) -> Any:
+            if self._inside:
+                return real(*args, **options)
+            self._inside, began = True, self._now()
+            try:
+                return real(*args, **options)
+            finally:
+                self.seconds[group] += self._now() - began
+                self._inside = False
+
+        setattr(owner, name, timed)
+
+    def _now(self) -> float:
+        if self._gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
 class Turns:
     """The kinds of step that take turns."""
 
@@ -49,6 +83,10 @@ class Turns:
         self.trainer, self.signal = trainer, StopSignal()
         self.views = next(trainer.pipeline.steps(0, 1))
         self.stalls: list[float] = []
+        self.watch = Watch(trainer.world.device)
+        for name in ("begin", "seed", "gradient_norm", "end", "note", "read"):
+            self.watch.over(trainer.guard, name, "guard")
+        self.watch.over(trainer, "_log", "log")
         trainer.step = 1000 * trainer.plan.log_every
 
     def bare(self, steps: int, *, guarded: bool = False) -> None:
@@ -100,8 +138,10 @@ def measure(trainer: Trainer, *, steps: int, rounds: int) -> dict[str, Any]:
         "guard, log and a checkpoint": lambda: turns.logged(steps, save=True),
     }
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    shares: dict[str, list[float]] = {group: [] for group in turns.watch.seconds}
     for number in range(rounds + 1):
         for kind, call in kinds.items():
+            inside = dict(turns.watch.seconds)
             wall, processor = time.perf_counter(), time.process_time()
             call()
             if trainer.world.device.type == "cuda":
@@ -109,6 +149,9 @@ def measure(trainer: Trainer, *, steps: int, rounds: int) -> dict[str, Any]:
             spent = time.perf_counter() - wall, time.process_time() - processor
             if number:
                 seconds[kind].append(spent)
+                for group, some in shares.items():
+                    if kind == "guard and log":
+                        some.append((turns.watch.seconds[group] - inside[group]) / spent[0])
     bare = np.array(seconds["bare"])
     result: dict[str, Any] = {
         "step_seconds": float(np.median(bare[:, 0])) / steps,
@@ -117,12 +160,18 @@ def measure(trainer: Trainer, *, steps: int, rounds: int) -> dict[str, Any]:
         "log_every": trainer.plan.log_every,
         "checkpoint_stall_seconds": max(turns.stalls),
     }
-    for kind, some in seconds.items():
-        ratios = np.array(some) / bare
+    for group, values in shares.items():
+        result[f"share of {group}"] = _three(np.array(values))
+    for kind, turn in seconds.items():
+        ratios = np.array(turn) / bare
         for column, clock in enumerate(("wall", "processor")):
-            three = np.quantile(ratios[:, column], [0.5, 0, 1])
-            result[f"{kind}, {clock}"] = [float(f"{value:.4f}") for value in three]
+            result[f"{kind}, {clock}"] = _three(ratios[:, column])
     return result
+
+
+def _three(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
+    """Median, least and greatest."""
+    return [float(f"{value:.4f}") for value in np.quantile(values, [0.5, 0, 1])]
 
 
 def main() -> None:

@@ -127,9 +127,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "quickstart": Recipe(
         source="minutes on two cores, for small squares of photographs",
-        rows={14: Row(base_lr=0.4, weight_decay=1e-4, target_decay=0.98)},
+        rows={8: Row(base_lr=0.4, weight_decay=1e-4, target_decay=0.98)},
         values={
-            "epochs": 14,
+            "epochs": 8,
             "batch_size": 64,
             "backbone": "resnet18",
             "image_size": 32,

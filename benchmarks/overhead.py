@@ -38,8 +38,8 @@ from byol_fast import config as configuration
 from byol_fast import recipes
 from byol_fast.assemble import assemble
 from byol_fast.distributed import World
-from byol_fast.opening import open_data
-from byol_fast.signals import StopSignal
+from byol_fast.session.opening import open_data
+from byol_fast.session.signals import StopSignal
 from byol_fast.step import AUTOCAST, train_step
 from byol_fast.trainer import Trainer
 

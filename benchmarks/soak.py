@@ -39,8 +39,8 @@ import numpy as np
 from faults.harness import ENDLESS, SMALL, Run, Zygote, assert_same_run
 
 from byol_fast import config as configuration
-from byol_fast import metrics
 from byol_fast.recipes import fill
+from byol_fast.watching import metrics
 from pipelines.plan import RowStream
 from pipelines.stores import open_store
 

@@ -19,8 +19,8 @@ from byol_fast.distributed import World, data_parallel
 from byol_fast.graphed import GraphedStep, refusal, side_stream
 from byol_fast.guard import Guard
 from byol_fast.model import BYOL
+from byol_fast.networks.small_maps import trim
 from byol_fast.optim import LARS, param_groups
-from byol_fast.small_maps import trim
 from byol_fast.step import AUTOCAST, StepOutput, train_step
 
 # One image is two views; each takes a target forward, an online forward, and a backward of twice

@@ -8,20 +8,21 @@ from typing import Any
 
 import torch
 
-from byol_fast import checkpoint, monitor, replay, split
+from byol_fast import checkpoint, monitor
 from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
 from byol_fast.distributed import World, statistics_group
 from byol_fast.errors import CheckpointError
 from byol_fast.graphed import refusal
-from byol_fast.judging import judges
 from byol_fast.model import BYOL
-from byol_fast.opening import Data
+from byol_fast.networks.small_maps import trim
 from byol_fast.optim import LARS, param_groups
 from byol_fast.recipes import Resolved
-from byol_fast.runfolder import RunFolder
-from byol_fast.small_maps import trim
+from byol_fast.session import replay, split
+from byol_fast.session.judging import judges
+from byol_fast.session.opening import Data
+from byol_fast.session.runfolder import RunFolder
 from byol_fast.step import AUTOCAST
 from byol_fast.trainer import RunPlan, Trainer
 from pipelines import parts

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast import export
-from byol_fast.backbone import feature_dim
 from byol_fast.evaluate import head as heads
 from byol_fast.evaluate.features import Crop, evaluating, inference, stream
 from byol_fast.evaluate.files import Files
+from byol_fast.networks.backbone import feature_dim
 from pipelines.errors import DataError
 from pipelines.spec import AugmentSpec
 

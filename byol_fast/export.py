@@ -20,8 +20,8 @@ import torchvision
 from torch import Tensor, nn
 
 from byol_fast._version import __version__
-from byol_fast.backbone import HiddenOutput, build_backbone, feature_dim
 from byol_fast.errors import CheckpointError
+from byol_fast.networks.backbone import HiddenOutput, build_backbone, feature_dim
 from byol_fast.weights import METADATA_KEY, Weights, foreign, read_weights, some
 
 __all__ = [

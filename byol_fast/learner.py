@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn, stack
 
 from byol_fast import model
-from byol_fast.backbone import HiddenLayer
+from byol_fast.networks.backbone import HiddenLayer
 from byol_fast.norm import ViewBatchNorm
 from byol_fast.optim import ema_
 from byol_fast.views import RandomView

@@ -9,11 +9,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from byol_fast.backbone import HiddenLayer, Norm, Stem, build_backbone, feature_dim
-from byol_fast.groupnorm import to_group_norm
 from byol_fast.loss import pair_loss
+from byol_fast.networks.backbone import HiddenLayer, Norm, Stem, build_backbone, feature_dim
+from byol_fast.networks.groupnorm import to_group_norm
+from byol_fast.networks.predictors import DirectPred
 from byol_fast.norm import Sync, ViewBatchNorm, set_sync
-from byol_fast.predictors import DirectPred
 
 __all__ = ["BYOL", "MLP", "Encoder", "Online", "StopGradient", "build_backbone", "feature_dim"]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-from byol_fast import live, metrics, sinks
-from byol_fast.alarms import alarms, collapse_alarms, collapsed, healthy_std
-from byol_fast.metrics import METRICS, Values
+from byol_fast.watching import live, metrics, sinks
+from byol_fast.watching.alarms import alarms, collapse_alarms, collapsed, healthy_std
+from byol_fast.watching.metrics import METRICS, Values
 
 __all__ = ["LogError", "RunLog", "alarms", "collapse_alarms", "collapsed", "healthy_std"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from byol_fast.norm_ops import normalise
+from byol_fast.networks.norm_ops import normalise
 
 Sync = bool | dist.ProcessGroup
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from byol_fast import lars_updates
-from byol_fast.lars_updates import Norm
+from byol_fast.updates import lars_updates
+from byol_fast.updates.lars_updates import Norm
 
 if TYPE_CHECKING:
-    from byol_fast.fused_update import FusedGroup
+    from byol_fast.updates.fused_update import FusedGroup
 
 Impl = Literal["auto", "reference", "foreach", "fused", "apex"]
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -87,7 +87,7 @@ class LARS(torch.optim.Optimizer):
             case "fused":
                 self._fused = _fused_groups(everything, len(self.param_groups))
             case "apex":
-                from byol_fast.apex_update import update
+                from byol_fast.updates.apex_update import update
 
                 self._update = update
             case "foreach":
@@ -190,7 +190,7 @@ def _choose(params: list[Tensor]) -> str:
     """What "auto" means for these parameters."""
     if params and params[0].is_cuda:
         try:
-            from byol_fast.fused_update import misfit
+            from byol_fast.updates.fused_update import misfit
         except ImportError:  # no Triton
             return "foreach"
         return "foreach" if misfit(params) else "fused"
@@ -198,7 +198,7 @@ def _choose(params: list[Tensor]) -> str:
 
 
 def _fused_groups(params: list[Tensor], groups: int) -> list[FusedGroup]:
-    from byol_fast.fused_update import FusedGroup, misfit
+    from byol_fast.updates.fused_update import FusedGroup, misfit
 
     if reason := misfit(params):
         raise ValueError(f"impl='fused' cannot take these parameters: {reason}; use 'foreach'")

@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from byol_fast.backbone import build_backbone, feature_dim
 from byol_fast.loss import pair_loss
 from byol_fast.model import MLP, VIEWS, Encoder, StopGradient
+from byol_fast.networks.backbone import build_backbone, feature_dim
+from byol_fast.networks.predictors import closed_form
 from byol_fast.optim import ema_
-from byol_fast.predictors import closed_form
 from byol_fast.views import CentreView, RandomView
 from pipelines.spec import AugmentSpec
 

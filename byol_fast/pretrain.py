@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 from byol_fast.cli import PretrainCall, pretrain_arguments
 from byol_fast.config import Config
 from byol_fast.errors import CheckpointError, Diverged, Exit, Preempted, SaveError
-from byol_fast.signals import StopSignal
+from byol_fast.session.signals import StopSignal
 
 if TYPE_CHECKING:
     from byol_fast.distributed import World
-    from byol_fast.failures import Failures
-    from byol_fast.opening import Data
     from byol_fast.recipes import Resolved
-    from byol_fast.runfolder import RunFolder
-    from byol_fast.split import Split
+    from byol_fast.session.failures import Failures
+    from byol_fast.session.opening import Data
+    from byol_fast.session.runfolder import RunFolder
+    from byol_fast.session.split import Split
     from byol_fast.trainer import Trainer
 
 log = logging.getLogger("byol_fast")
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
     """Run the call; whatever ends it becomes a message and an exit code."""
-    from byol_fast import distributed, failures
+    from byol_fast import distributed
+    from byol_fast.session import failures
     from pipelines.errors import DataError, MissingBackend
 
     # Before a collective gives up: what it says names no rank.
@@ -95,15 +96,15 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
 def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failures) -> None:
     """One session of a run: from the data and the newest checkpoint to the exported backbone."""
     from byol_fast.assemble import assemble
-    from byol_fast.opening import open_data
-    from byol_fast.outcome import finish
+    from byol_fast.session.opening import open_data
+    from byol_fast.session.outcome import finish
 
     config = call.config
     with _mistakes():
         data = open_data(config, world, signal)
         resolved = _resolve(config, data, world)
         if call.replay is not None:
-            from byol_fast.replay import replay
+            from byol_fast.session.replay import replay
 
             replay(resolved, data, *call.replay, rank=world.rank)
     if call.dry_run or call.replay is not None:
@@ -146,7 +147,8 @@ def _close(trainer: Trainer, folder: RunFolder, outcome: str, reason: str) -> No
 
 
 def _resolve(config: Config, data: Data, world: World) -> Resolved:
-    from byol_fast import recipes, split
+    from byol_fast import recipes
+    from byol_fast.session import split
 
     before: Split | ValueError | None = None
     if world.is_main:

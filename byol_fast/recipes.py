@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from byol_fast.config import FLAGS, Config, get, replace
+from byol_fast.session.split import Split, share_out
 from byol_fast.settings import RECIPE
-from byol_fast.split import Split, share_out
 
 
 @dataclass(frozen=True, kw_only=True)

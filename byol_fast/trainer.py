@@ -11,24 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byol_fast import gauges, graphed, monitor
-from byol_fast.async_checkpoint import CheckpointWriter
-from byol_fast.clock import Clock
+from byol_fast import graphed, monitor
 from byol_fast.compiled import Networks
 from byol_fast.distributed import World, data_parallel
-from byol_fast.divergence import NonFinite
 from byol_fast.errors import Diverged, Preempted
 from byol_fast.guard import Guard
-from byol_fast.measuring import Measuring
 from byol_fast.model import BYOL
-from byol_fast.online_eval import OnlineEvaluation, save_view_pairs
 from byol_fast.optim import LARS, set_lr
-from byol_fast.probe import OnlineProbe
-from byol_fast.runfolder import RunFolder
-from byol_fast.saving import Saving
 from byol_fast.schedules import learning_rate, target_decay
-from byol_fast.signals import StopSignal
+from byol_fast.session.async_checkpoint import CheckpointWriter
+from byol_fast.session.clock import Clock
+from byol_fast.session.divergence import NonFinite
+from byol_fast.session.measuring import Measuring
+from byol_fast.session.runfolder import RunFolder
+from byol_fast.session.saving import Saving
+from byol_fast.session.signals import StopSignal
 from byol_fast.step import AUTOCAST, StepOutput, train_step
+from byol_fast.watching import gauges
+from byol_fast.watching.online_eval import OnlineEvaluation, save_view_pairs
+from byol_fast.watching.probe import OnlineProbe
 from pipelines.pipeline import ViewPipeline, Views
 
 

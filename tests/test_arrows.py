@@ -10,13 +10,14 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p for package in ("byol_fast", "pipelines") for p in (ROOT / package).rglob("*.py"))
 METHOD = [
     *("model", "step", "optim", "norm", "loss", "schedules", "compiled", "graphed"),
-    *("lars_updates", "fused_update", "apex_update", "predictors", "groupnorm", "backbone"),
+    *("updates/lars_updates", "updates/fused_update", "updates/apex_update"),
+    *("networks/predictors", "networks/groupnorm", "networks/backbone", "networks/norm_ops"),
 ]
 LIGHT = [
     "config",
     "recipes",
     "settings",
-    "split",
+    "session/split",
     "cli",
     "flags",
     "arguments",
@@ -31,7 +32,7 @@ BACKENDS = {
     for module in ("dali_source", "dali_graph", "ffcv_source", "ffcv_kernel", "ffcv_library")
 }
 BACKENDS |= {f"pipelines/augment/{module}.py" for module in ("fused", "fused_kernels")}
-BACKENDS |= {"byol_fast/fused_update.py"}
+BACKENDS |= {"byol_fast/updates/fused_update.py"}
 
 
 def imports(source: str, *, here: str = "", module_level: bool = False) -> set[str]:

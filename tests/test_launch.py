@@ -16,8 +16,8 @@ import yaml
 from faults.harness import ENDLESS, SMALL, wait_until
 from faults.torchruns import python_with_tiny
 
-from byol_fast import metrics
 from byol_fast.cli import PretrainCall, pretrain_arguments
+from byol_fast.watching import metrics
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 

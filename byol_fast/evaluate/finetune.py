@@ -27,7 +27,7 @@ from byol_fast.errors import Diverged, Preempted
 from byol_fast.evaluate.batches import TrainingBatches
 from byol_fast.evaluate.heads import Classifier
 from byol_fast.evaluate.recipes import Recipe
-from byol_fast.signals import StopSignal
+from byol_fast.session.signals import StopSignal
 from pipelines.progress import Progress
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store

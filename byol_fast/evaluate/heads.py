@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from byol_fast.backbone import HiddenOutput
+from byol_fast.networks.backbone import HiddenOutput
 
 # Kernel, stride and padding of the average pooling of Feature1 to Feature5, and the side of what
 # it gives: with a ResNet-50 at 224 pixels 9216, 9216, 8192, 9216 and 8192 numbers an image.

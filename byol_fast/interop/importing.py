@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from byol_fast import checkpoint, export
-from byol_fast.backbone import build_backbone
 from byol_fast.interop import networks, state
 from byol_fast.interop.layouts import BACKBONE, TARGET_BACKBONE, TARGET_PROJECTOR, Network
 from byol_fast.interop.networks import Networks
+from byol_fast.networks.backbone import build_backbone
 
 _SUFFIXES = (state.SUFFIX, ".safetensors", ".pth", ".pt")
 

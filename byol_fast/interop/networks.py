@@ -12,7 +12,7 @@ from torch import Tensor
 from byol_fast.errors import CheckpointError
 from byol_fast.interop import arrays, deepmind, files, heads, layouts, records, resnet
 from byol_fast.interop.layouts import BACKBONE, PARTS, TARGET_BACKBONE, Layout
-from byol_fast.padding import Padding
+from byol_fast.networks.padding import Padding
 
 # Where checkpoints keep their weights, in the order they are looked for at each level.
 _INNER = (

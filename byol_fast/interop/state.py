@@ -29,7 +29,7 @@ from byol_fast.interop.layouts import (
 )
 from byol_fast.interop.networks import Networks
 from byol_fast.model import BYOL, Encoder
-from byol_fast.padding import Padding, set_padding
+from byol_fast.networks.padding import Padding, set_padding
 
 SUFFIX = ".byol.safetensors"
 _PREFIXES = {part: layouts.LAYOUTS[0].parts[part][0] for part in PARTS}

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from byol_fast import metrics
-from byol_fast.metrics import Event, Log
+from byol_fast.watching import metrics
+from byol_fast.watching.metrics import Event, Log
 
 MAX_POINTS = 2000  # drawn of an embedding
 

@@ -7,9 +7,6 @@ from html import escape
 
 import numpy as np
 
-from byol_fast import metrics
-from byol_fast.alarms import healthy_std
-from byol_fast.metrics import METRICS, short
 from byol_fast.report.charts import Level, Series, count, line_chart, percent, scatter
 from byol_fast.report.data import (
     BAD_IMAGES,
@@ -38,6 +35,9 @@ from byol_fast.report.html import (
     tag,
 )
 from byol_fast.report.verdict import collapse, diverged
+from byol_fast.watching import metrics
+from byol_fast.watching.alarms import healthy_std
+from byol_fast.watching.metrics import METRICS, short
 
 TABLE_ROWS = 24  # log points in the table of numbers
 BAD_ROWS = 50  # names shown of images that could not be decoded

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from html import escape
 
-from byol_fast import metrics
-from byol_fast.alarms import collapsed, healthy_std, suspect
-from byol_fast.metrics import short
 from byol_fast.report.data import KNN_RAW, KNN_TRAINED, KNN_UNTRAINED, RunData
 from byol_fast.report.html import para, prose, tag
+from byol_fast.watching import metrics
+from byol_fast.watching.alarms import collapsed, healthy_std, suspect
+from byol_fast.watching.metrics import short
 
 
 def verdict(data: RunData) -> str:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from byol_fast import checkpoint
-from byol_fast.async_checkpoint import CheckpointWriter
 from byol_fast.errors import SaveError
+from byol_fast.session.async_checkpoint import CheckpointWriter
 from byol_fast.settings import CheckpointConfig
 
 

@@ -12,7 +12,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from byol_fast.evaluate.dense import detector, fcn, recipes
 from byol_fast.evaluate.dense.detect import loss_of
-from byol_fast.padding import set_padding
+from byol_fast.networks.padding import set_padding
 from tests.byol_fast.dense_data import thin_resnet
 
 MEAN = STD = (0.5, 0.5, 0.5)

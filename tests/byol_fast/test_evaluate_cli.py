@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from byol_fast import checkpoint, export
-from byol_fast.backbone import build_backbone
 from byol_fast.errors import Exit
 from byol_fast.evaluate.__main__ import main
 from byol_fast.evaluate.published import Published
 from byol_fast.evaluate.table import Row, render
+from byol_fast.networks.backbone import build_backbone
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 META = {"backbone": "resnet18", "stem": "imagenet", "hidden_layer": -1, "image_size": 32}

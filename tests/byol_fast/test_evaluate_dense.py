@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from byol_fast import checkpoint, export
-from byol_fast.backbone import build_backbone
 from byol_fast.errors import Exit
 from byol_fast.evaluate.__main__ import main
 from byol_fast.evaluate.commands import dense
@@ -17,6 +16,7 @@ from byol_fast.evaluate.commands import detect as detect_command
 from byol_fast.evaluate.commands import segment as segment_command
 from byol_fast.evaluate.dense import detect, recipes, segment
 from byol_fast.evaluate.table import render
+from byol_fast.networks.backbone import build_backbone
 from tests.byol_fast.dense_data import make_cityscapes, make_coco, make_voc, make_voc_masks
 
 META = {"backbone": "resnet18", "stem": "imagenet", "hidden_layer": -1, "image_size": 32}

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from byol_fast import export
-from byol_fast.backbone import build_backbone
 from byol_fast.classifier import Classifier
 from byol_fast.errors import Exit
 from byol_fast.evaluate import embedding, logistic, svm
@@ -17,6 +16,7 @@ from byol_fast.evaluate import features as features_module
 from byol_fast.evaluate import head as heads
 from byol_fast.evaluate.__main__ import main
 from byol_fast.evaluate.pooling import Corners, with_corners
+from byol_fast.networks.backbone import build_backbone
 from tests.byol_fast.networks import CountingMeans
 from tests.byol_fast.voc_folder import voc_folder
 

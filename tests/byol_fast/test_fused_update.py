@@ -8,7 +8,7 @@ from torch import nn
 
 from byol_fast.optim import LARS, ema_, set_lr
 
-fused = pytest.importorskip("byol_fast.fused_update", reason="Triton is not installed")
+fused = pytest.importorskip("byol_fast.updates.fused_update", reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Tensors that end within a block, at its end, within a piece, at its end, and in a further piece.

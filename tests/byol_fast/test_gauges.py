@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from byol_fast import gauges
+from byol_fast.watching import gauges
 
 
 def cloud(n: int = 96, d: int = 24, seed: int = 0) -> torch.Tensor:

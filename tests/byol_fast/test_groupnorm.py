@@ -11,8 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from byol_fast import load_backbone
 from byol_fast.export import export_backbone
-from byol_fast.groupnorm import StandardisedConv2d, StandardisedLinear, standardise, to_group_norm
 from byol_fast.model import BYOL, MLP, build_backbone
+from byol_fast.networks.groupnorm import (
+    StandardisedConv2d,
+    StandardisedLinear,
+    standardise,
+    to_group_norm,
+)
 from byol_fast.optim import param_groups
 
 

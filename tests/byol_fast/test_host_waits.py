@@ -22,9 +22,9 @@ from byol_fast.compiled import Networks, as_they_stand
 from byol_fast.distributed import World
 from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
-from byol_fast.opening import open_data
 from byol_fast.optim import LARS, param_groups
-from byol_fast.signals import StopSignal
+from byol_fast.session.opening import open_data
+from byol_fast.session.signals import StopSignal
 from byol_fast.step import StepOutput, train_step
 
 HOST = World(0, 1, torch.device("cpu"))

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from byol_fast import export
-from byol_fast.backbone import build_backbone
 from byol_fast.errors import Exit
 from byol_fast.evaluate import finetune
 from byol_fast.evaluate.__main__ import main
+from byol_fast.networks.backbone import build_backbone
 
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
 META = {"stem": "imagenet", "hidden_layer": -1, "image_size": 32}

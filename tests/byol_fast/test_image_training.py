@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from byol_fast.backbone import build_backbone
 from byol_fast.distributed import World
 from byol_fast.errors import Diverged, Preempted
 from byol_fast.evaluate import fewlabels, finetune, heads, recipes, scores
 from byol_fast.evaluate.batches import TrainingBatches
 from byol_fast.evaluate.finetune import Progressing
+from byol_fast.networks.backbone import build_backbone
 from pipelines.errors import DataError
 from pipelines.plan import EpochPlan
 from pipelines.spec import AugmentSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from byol_fast import live
+from byol_fast.watching import live
 
 ROOT = Path(live.__file__).parents[1]
 VALUES = {
@@ -110,7 +110,7 @@ def on_terminal(code: str, *, env: dict[str, str] | None = None) -> tuple[str, i
 
 RUN = """
 import logging, sys
-from byol_fast import live
+from byol_fast.watching import live
 logging.basicConfig(format="LOG %(message)s")
 display = live.open_display(100, panel="auto", title="byol_fast · 2 ranks")
 print("DISPLAY", type(display).__name__)
@@ -158,7 +158,7 @@ def test_errors_sent_to_a_file_stay_in_the_file(tmp_path: Path):
     code = f"""
     import sys
     sys.stderr = open({str(tmp_path / "errors")!r}, "w")
-    from byol_fast import live
+    from byol_fast.watching import live
     display = live.open_display(10)
     display.log(1, {{"loss": 1.0}})
     print("to the file", file=sys.stderr)

@@ -13,19 +13,20 @@ import torch.multiprocessing as mp
 from support import TINY, make_folder
 from torch import nn
 
-from byol_fast import alarms, checkpoint, config, gauges
+from byol_fast import checkpoint, config
 from byol_fast.compiled import as_they_stand, compiled
 from byol_fast.config import Config
 from byol_fast.distributed import World, data_parallel
 from byol_fast.flags import UsageError
 from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
+from byol_fast.networks.predictors import DirectPred, closed_form
 from byol_fast.optim import LARS, param_groups
-from byol_fast.predictors import DirectPred, closed_form
 from byol_fast.pretrain import main
 from byol_fast.recipes import resolve
 from byol_fast.settings import METHODS, ModelConfig
 from byol_fast.step import train_step
+from byol_fast.watching import alarms, gauges
 
 ALONE = World(0, 1, torch.device("cpu"))
 EVERY = ("simsiam", "directpred", "group-ws", "no-predictor", "simsiam+directpred+group-ws")

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from byol_fast import alarms, gauges, metrics, monitor, sinks
+from byol_fast import monitor
+from byol_fast.watching import alarms, gauges, metrics, sinks
 
 
 def open_log(out: Path, **changes: object) -> monitor.RunLog:

@@ -17,8 +17,8 @@ from byol_fast import config as configuration
 from byol_fast.assemble import assemble
 from byol_fast.config import FLAGS
 from byol_fast.distributed import World
-from byol_fast.opening import open_data
-from byol_fast.signals import StopSignal
+from byol_fast.session.opening import open_data
+from byol_fast.session.signals import StopSignal
 from pipelines.sources.torch_source import TorchSource
 
 # Another value of each setting; DATA, EVAL and OUT stand for folders.

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from byol_fast import norm_ops
+from byol_fast.networks import norm_ops
 from byol_fast.norm import ViewBatchNorm, convert, set_sync, set_views
 
 SHAPES = [(3, 5), (7, 16), (1, 4, 3, 3), (5, 8, 6, 7), (4, 3, 9), (2, 4, 3, 3, 2)]  # one view

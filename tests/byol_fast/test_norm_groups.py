@@ -14,8 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from byol_fast import distributed, norm_ops
+from byol_fast import distributed
 from byol_fast.distributed import World, statistics_group
+from byol_fast.networks import norm_ops
 from byol_fast.norm import ViewBatchNorm
 
 RANKS, NODE, CHANNELS = 4, 2, 6

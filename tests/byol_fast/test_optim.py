@@ -19,7 +19,7 @@ IMPLS = ["reference", "foreach", "apex"]
 def apex_without_apex(monkeypatch):
     """`impl="apex"` against a stand-in for its compiled module; on a GPU with apex see below."""
     monkeypatch.setitem(sys.modules, "amp_C", fake_amp_c)
-    monkeypatch.delitem(sys.modules, "byol_fast.apex_update", raising=False)
+    monkeypatch.delitem(sys.modules, "byol_fast.updates.apex_update", raising=False)
 
 
 def two_steps(p, grads, *, tensor_lr=False, adapt=True, **options):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from byol_fast.predictors import DirectPred, closed_form
+from byol_fast.networks.predictors import DirectPred, closed_form
 
 
 def by_hand(correlation: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support import ROOT, TINY, assert_same, final, make_folder
 
-from byol_fast import metrics
+from byol_fast.watching import metrics
 from pipelines.sources import dali_available, ffcv_available
 
 NO_DALI = pytest.mark.skipif(not dali_available(), reason="NVIDIA DALI is not installed")

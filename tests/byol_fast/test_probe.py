@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from byol_fast.probe import OnlineProbe
+from byol_fast.watching.probe import OnlineProbe
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from byol_fast.runfolder import RunFolder
+from byol_fast.session.runfolder import RunFolder
 
 HOLD = """
 import sys
-from byol_fast.runfolder import RunFolder
+from byol_fast.session.runfolder import RunFolder
 with RunFolder(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

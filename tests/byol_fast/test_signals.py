@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from byol_fast.signals import StopSignal
+from byol_fast.session.signals import StopSignal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from byol_fast.small_maps import TrimmedConv2d, taps, trim
+from byol_fast.networks.small_maps import TrimmedConv2d, taps, trim
 
 
 def test_taps_by_hand():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from byol_fast import split
-from byol_fast.split import Split, share_out
+from byol_fast.session import split
+from byol_fast.session.split import Split, share_out
 
 
 def parts(it: Split) -> tuple[int, int, int]:

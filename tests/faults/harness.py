@@ -23,7 +23,7 @@ from typing import Any
 
 from support import assert_same, final
 
-from byol_fast import metrics
+from byol_fast.watching import metrics
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

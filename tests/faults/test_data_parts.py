@@ -17,7 +17,7 @@ from faults.test_divergence import NOT_FINITE
 from PIL import Image
 from support import make_folder
 
-from byol_fast import metrics
+from byol_fast.watching import metrics
 from pipelines.convert import main as convert
 from pipelines.stores import open_store
 

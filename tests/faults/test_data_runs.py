@@ -30,8 +30,8 @@ from byol_fast import assemble, checkpoint
 from byol_fast.config import parse
 from byol_fast.distributed import World
 from byol_fast.model import BYOL
-from byol_fast.opening import agree_on_parts
 from byol_fast.pretrain import main as pretrain
+from byol_fast.session.opening import agree_on_parts
 from pipelines.convert import main as convert
 from pipelines.errors import DataError
 from pipelines.parts import Held

@@ -14,7 +14,8 @@ from PIL import Image
 from support import final
 
 from byol_fast import config as configuration
-from byol_fast import metrics, recipes
+from byol_fast import recipes
+from byol_fast.watching import metrics
 from pipelines.plan import RowStream
 from pipelines.stores import open_store
 
@@ -208,7 +209,7 @@ def build(config, world):
     return model
 assemble._build_model = build
 """
-# Long enough, and fast enough, to collapse; the thresholds are those of byol_fast/alarms.py.
+# Long enough, and fast enough, to collapse by the thresholds of byol_fast/watching/alarms.py.
 COLLAPSING = (*SMALL, "--epochs", "15", "--base-lr", "1.0", "--target-decay", "0.9")
 ALARM_WITHIN = 80  # steps, with a line of the log each step
 

@@ -10,7 +10,8 @@ import pytest
 from faults.harness import SMALL
 from support import assert_same, final
 
-from byol_fast import metrics, split
+from byol_fast.session import split
+from byol_fast.watching import metrics
 
 # Every rank writes which rows each of its micro-batches held.
 ROWS = """

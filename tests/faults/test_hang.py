@@ -73,7 +73,7 @@ SLOW_END = (
     SHORT
     + """
 import time
-from byol_fast import outcome
+from byol_fast.session import outcome
 real = outcome.finish
 def finish(trainer, folder):
     time.sleep(10)

@@ -100,7 +100,7 @@ def test_f10_two_ranks_agree_on_the_step(runs, tmp_path: Path, signalled: str):
 # Signals itself while rank 0 works alone, at a place where it would go on for a minute.
 IN_SETUP = """
 import os, signal, time
-from byol_fast import online_eval
+from byol_fast.watching import online_eval
 from pipelines import stores
 PLACE = {place!r}
 def wait_for_the_end():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults.harness import HERE, LIMIT, ROOT, wait_until
 
-from byol_fast import metrics
+from byol_fast.watching import metrics
 
 
 def python_with_tiny(folder: Path) -> Path:

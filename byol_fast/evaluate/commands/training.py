@@ -126,8 +126,8 @@ class Job:
 
     def fine_tuned(self) -> Classifier:
         """A copy of the pretrained network with a fresh classifier."""
-        from byol_fast.backbone import feature_dim
         from byol_fast.evaluate.heads import FineTuned
+        from byol_fast.networks.backbone import feature_dim
 
         backbone = copy.deepcopy(self.network.backbone)
         width = feature_dim(backbone, self.network.image_size)

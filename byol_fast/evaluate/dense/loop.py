@@ -18,7 +18,7 @@ from byol_fast import checkpoint
 from byol_fast.errors import CheckpointError, Diverged, Preempted
 from byol_fast.evaluate.dense.recipes import Recipe
 from byol_fast.evaluate.dense.stream import Order, step_seed
-from byol_fast.signals import StopSignal
+from byol_fast.session.signals import StopSignal
 from pipelines.errors import DataError
 from pipelines.ordered import in_order
 from pipelines.progress import Progress

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from byol_fast.backbone import build_backbone
-from byol_fast.padding import SameConv2d, SameMaxPool2d, same_padding, set_padding
+from byol_fast.networks.backbone import build_backbone
+from byol_fast.networks.padding import SameConv2d, SameMaxPool2d, same_padding, set_padding
 
 
 def by_hand(x, weight, stride):

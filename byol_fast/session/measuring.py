@@ -8,14 +8,14 @@ from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
-from byol_fast.clock import Clock
 from byol_fast.distributed import World
 from byol_fast.errors import Preempted
 from byol_fast.monitor import RunLog
-from byol_fast.online_eval import OnlineEvaluation
-from byol_fast.probe import OnlineProbe
-from byol_fast.runfolder import RunFolder
-from byol_fast.signals import StopSignal
+from byol_fast.session.clock import Clock
+from byol_fast.session.runfolder import RunFolder
+from byol_fast.session.signals import StopSignal
+from byol_fast.watching.online_eval import OnlineEvaluation
+from byol_fast.watching.probe import OnlineProbe
 
 log = logging.getLogger(__name__)
 

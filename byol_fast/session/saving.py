@@ -6,9 +6,9 @@ import time
 from fractions import Fraction
 from typing import Any
 
-from byol_fast.async_checkpoint import CheckpointWriter
 from byol_fast.distributed import World
 from byol_fast.errors import SaveError
+from byol_fast.session.async_checkpoint import CheckpointWriter
 
 
 class Saving:

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from byol_fast import metrics
-from byol_fast.metrics import METRICS, Values, short
+from byol_fast.watching import metrics
+from byol_fast.watching.metrics import METRICS, Values, short
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType

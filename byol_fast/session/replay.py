@@ -11,8 +11,8 @@ import torch
 
 from byol_fast import checkpoint
 from byol_fast import config as configuration
-from byol_fast.opening import Data
 from byol_fast.recipes import Resolved
+from byol_fast.session.opening import Data
 from pipelines.augment import choose
 from pipelines.parts import Parts
 from pipelines.pipeline import open_source

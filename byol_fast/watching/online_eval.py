@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from byol_fast.evaluate import knn
 from byol_fast.evaluate.data import prepare, spread
 from byol_fast.evaluate.features import Features, extract
-from byol_fast.probe import OnlineProbe
+from byol_fast.watching.probe import OnlineProbe
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store
 

@@ -16,8 +16,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from byol_fast import metrics
-from byol_fast.metrics import Values
+from byol_fast.watching import metrics
+from byol_fast.watching.metrics import Values
 
 PATIENCE = 5  # bad log points before an alarm: this many times log_every is the detection delay
 SETTLE = 5  # first log points of a run are never counted: a fresh network may pass through a dip

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from byol_fast.tfevents import EventFile
+from byol_fast.watching.tfevents import EventFile
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from byol_fast.config import Config
 from byol_fast.distributed import World
 from byol_fast.errors import Preempted
-from byol_fast.runfolder import RunFolder
-from byol_fast.signals import StopSignal
+from byol_fast.session.runfolder import RunFolder
+from byol_fast.session.signals import StopSignal
 from pipelines import stores
 from pipelines.errors import DataError
 from pipelines.parts import Held, Parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from byol_fast import export, report
-from byol_fast.runfolder import RunFolder
+from byol_fast.session.runfolder import RunFolder
 from byol_fast.trainer import Trainer
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from byol_fast.groupnorm import to_group_norm
+from byol_fast.networks.groupnorm import to_group_norm
+from byol_fast.networks.padding import Padding, set_padding
 from byol_fast.norm import convert
-from byol_fast.padding import Padding, set_padding
 
 Norm = Literal["batch", "group-ws"]
 Stem = Literal["imagenet", "cifar"]

@@ -25,7 +25,7 @@ _KEY, _LEFT = "first", "- has left"
 PATIENCE = 10.0  # seconds that a rank has to end by itself once another one has failed
 _INTERVAL = 1.0  # seconds between heartbeats
 _ANSWER = 5.0  # seconds that a store may take
-_HERE = Path(__file__).resolve().parent.parent
+_HERE = Path(__file__).resolve().parents[2]
 _PACKAGES = tuple(f"{_HERE / name}{os.sep}" for name in ("byol_fast", "pipelines"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byol_fast.lars_updates import Norm
+from byol_fast.updates.lars_updates import Norm
 
 try:
     import amp_C

@@ -7,9 +7,9 @@ import logging
 import numpy as np
 
 from byol_fast.distributed import World
-from byol_fast.online_eval import OnlineEvaluation
-from byol_fast.opening import Data
-from byol_fast.probe import OnlineProbe
+from byol_fast.session.opening import Data
+from byol_fast.watching.online_eval import OnlineEvaluation
+from byol_fast.watching.probe import OnlineProbe
 from pipelines.errors import DataError
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store

@@ -1,0 +1,1 @@
+"""One session of a run: its data and folder, checkpoints, signals, failing ranks, and its end."""

@@ -1,0 +1,1 @@
+"""The implementations of LARS and the moving average that `optim` chooses from."""

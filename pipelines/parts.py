@@ -7,7 +7,7 @@ so neither the nodes' order nor the ranks' changes the rows; each is shuffled wi
 from __future__ import annotations
 
 import hashlib
-import socket
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -37,7 +37,7 @@ class Held:
             fingerprint=store.fingerprint,
             images=len(store),
             classes=_class_list(store.classes),
-            host=socket.gethostname(),
+            host=platform.node(),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
+import platform
 from dataclasses import dataclass
 
 from byol_fast.config import Config
@@ -102,7 +102,7 @@ def _where(config: Config, world: World) -> str:
     """What tells a rank's error from the others'; rank 0's needs no telling where all are alike."""
     if world.size == 1 or (world.is_main and not config.in_parts):
         return ""
-    return f"on {socket.gethostname()}, rank {world.rank}: "
+    return f"on {platform.node()}, rank {world.rank}: "
 
 
 def _raise_any(errors: list[DataError | Preempted | None], config: Config, world: World) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
-from pipelines.scan import Bad
+from pipelines.scan import Bad, printable
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def keep(root: Path, write: Callable[[Path], None]) -> None:
         except OSError as error:
             errors.append(f"{path}: {error.strerror or error}")
         else:
-            log.info("index written to %s", path)
+            log.info("index written to %s", printable(path))
             return
     log.warning(
         "the index cannot be stored (%s), so every start indexes again: "

@@ -197,7 +197,7 @@ def open_regular(path: str | bytes, flags: int) -> int:
     return fd
 
 
-def printable(path: bytes | str) -> str:
+def printable(path: bytes | str | os.PathLike[str]) -> str:
     """A path for people: what is not printable or not UTF-8 is shown as an escape."""
     text = os.fsdecode(path)
     if text.isprintable():

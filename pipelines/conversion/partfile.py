@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import IO
 
 from pipelines.errors import DataError
+from pipelines.scan import printable
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class PartFile:
         except BlockingIOError:
             raise self._taken() from None
         except OSError:
-            log.info("%s: this file system has no locks", self.path)
+            log.info("%s: this file system has no locks", printable(self.path))
         mine = os.fstat(self.file.fileno())
         if not os.path.exists(self.path) or not os.path.samestat(mine, os.stat(self.path)):
             raise self._taken()  # the other process has just published it

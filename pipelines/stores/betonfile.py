@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from pipelines.decode import MAX_PIXELS
 from pipelines.errors import DataError
+from pipelines.scan import printable
 from pipelines.stores import MOST_CLASSES
 
 log = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ class _Tables:
         if column.min() < -1 or column.max() >= MOST_CLASSES:
             log.warning(
                 "%s: its numbers from %d to %d count no classes, so its images are unlabelled",
-                *(self.path, column.min(), column.max()),
+                *(printable(self.path), column.min(), column.max()),
             )
             return np.full(len(column), -1, np.int32)
         return column.astype(np.int32)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipelines.progress import Progress
+from pipelines.scan import printable
 from pipelines.stores.betonfile import BetonFile
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def read_sidecar(beton: BetonFile) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        log.warning("%s is not used (%s: %s)", path, type(error).__name__, error)
+        log.warning("%s is not used (%s: %s)", printable(path), type(error).__name__, error)
         return None
     return dict(entries)
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.indexfile import Strings, save_columns
-from pipelines.scan import Bad
+from pipelines.scan import Bad, printable
 
 log = logging.getLogger(__name__)
 
@@ -109,5 +109,5 @@ def load(path: Path, root: Path, paths: Sequence[Path]) -> TarIndex | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged zip and array headers raise nearly anything
-        log.warning("%s is not a readable index (%s): indexing again", path, error)
+        log.warning("%s is not a readable index (%s): indexing again", printable(path), error)
         return None

@@ -7,6 +7,7 @@ A .beton or a shard cut short while it is read: test_beton_store.py and test_tar
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -257,6 +258,7 @@ def test_names_that_are_no_text_are_read_like_others(
     backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In a folder whose own name is none, and from the .beton made of it."""
+    caplog.set_level(logging.DEBUG)
     folder = os.fsencode(tmp_path) + b"/caf\xe9\n"
     data = make_folder(Path(os.fsdecode(folder)), images=8)
     for number, name in enumerate(ODD_NAMES):

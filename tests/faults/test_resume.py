@@ -20,11 +20,11 @@ STEP, PLACE = {step}, {place!r}
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-armed = False
+armed = reached = False
 real_step = trainer.Trainer._one_step
 def one_step(self, views):
-    global armed
-    armed = self.step == STEP
+    global armed, reached
+    armed, reached = self.step == STEP, self.step >= STEP
     if armed and PLACE == "before the step":
         die()
     output = real_step(self, views)
@@ -50,7 +50,7 @@ monitor.LineFile.write = write
 
 real_replace = os.replace
 def replace(a, b):
-    if armed and PLACE == "before the checkpoint's name" and str(b).endswith(".pt"):
+    if reached and PLACE == "before the checkpoint's name" and str(b).endswith(".pt"):
         die()
     real_replace(a, b)
 os.replace = replace

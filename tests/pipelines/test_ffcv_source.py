@@ -93,6 +93,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> BetonStore:
 
 FFCV_WRITES = """
 import sys
+import numpy as np
 from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import DatasetWriter
 from tests.pipelines.fake_store import picture
@@ -104,6 +105,7 @@ class Pictures:
         return 100 - row, picture(90 + row, 140 - 7 * row, seed=row)
 
 if __name__ == "__main__":
+    np.random.seed(0)  # the writer's process is a fork, and tosses a coin for each picture
     image = RGBImageField(write_mode="proportion", compress_probability=0.5)
     fields = {"label": IntField(), "image": image}
     DatasetWriter(sys.argv[1], fields, num_workers=1).from_indexed_dataset(Pictures())

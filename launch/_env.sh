@@ -68,10 +68,10 @@ install_into() { # $1: interpreter, $2: extras
     fi
 }
 
-room_for() { # $1: GB that the environment takes
+room_for() { # $1: what takes room, $2: GB, $3: folder
     local free
-    free=$(df -Pk "$ROOT" | awk 'NR == 2 { print int($4 / 1e6) }')
-    ((free >= $1)) || die "$ROOT has $free GB free and the environment takes about $1 GB"
+    free=$(df -Pk "$3" | awk 'NR == 2 { print int($4 / 1e6) }')
+    ((free >= $2)) || die "$3 has $free GB free and $1 about $2 GB"
 }
 
 make_venv() { # $1: interpreter, $2: extras, $3: GB
@@ -94,7 +94,7 @@ PY
     "$1" -c 'import ensurepip, venv' 2>/dev/null ||
         die "$1 cannot make environments: on Debian and Ubuntu," \
             "apt-get install python$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
-    [[ -x $PY ]] || room_for "$3"
+    [[ -x $PY ]] || room_for "the environment takes" "$3" "$ROOT"
     say "environment: installing into .venv ($("$1" -V)). The first time this downloads PyTorch with"
     say "its CUDA libraries: about $3 GB on disk and some minutes. Later runs skip it."
     rm -f "$stamp"

@@ -19,6 +19,9 @@ else # an environment of yours gets nothing that was not asked for
     say "FFCV's tests run if it is there; launch/install_ffcv.sh installs it"
 fi
 
+# pytest writes its checkpoints there; on a full disk tests fail for no fault of theirs
+room_for "the tests need" 3 "${TMPDIR:-/tmp}"
+
 failed=()
 check() { # $1: name, then the command
     local name=$1

@@ -29,11 +29,6 @@ from tests.pipelines.fake_store import encoded, picture
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BYOL_FAST_CACHE", str(tmp_path / "cache"))
-
-
 def make_folder(root: Path, images: int = 24) -> Path:
     """Three classes: JPEGs of several sizes, every fourth image a PNG, one a CMYK JPEG."""
     for i in range(images):

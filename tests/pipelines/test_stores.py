@@ -18,11 +18,6 @@ from pipelines.stores.folder import FolderStore
 from pipelines.stores.synthetic import SyntheticStore
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BYOL_FAST_CACHE", str(tmp_path / "cache"))
-
-
 def pictures(n: int = 6, height: int = 9, width: int = 7) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
 

@@ -21,11 +21,6 @@ from pipelines.stores.tar import TarStore
 from tests.pipelines.fake_store import encoded, picture
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BYOL_FAST_CACHE", str(tmp_path / "cache"))
-
-
 def jpeg(number: int = 0) -> bytes:
     return encoded(picture(20 + number, 30, seed=number))
 

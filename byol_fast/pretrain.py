@@ -98,6 +98,7 @@ def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failur
     from byol_fast.assemble import assemble
     from byol_fast.session.opening import open_data
     from byol_fast.session.outcome import finish
+    from pipelines.errors import DataError
 
     config = call.config
     with _mistakes():
@@ -125,6 +126,9 @@ def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failur
                 log.info("%s: repeat the command without --run.max-steps to go on", reason)
         except Preempted as error:
             outcome, reason = "preempted", str(error)
+            raise
+        except DataError as error:  # it may be this rank's disk alone
+            reason = notes.report(error) or str(error)
             raise
         except BaseException as error:
             reason = notes.noted() or f"{type(error).__name__}: {error}"

@@ -233,7 +233,7 @@ def resolve(
         ValueError: the batch cannot be shared out over the ranks.
         DataError: the batch is larger than the data set.
     """
-    from pipelines.errors import DataError  # here, as `pipelines` imports torch
+    from pipelines.plan import too_few_images  # here: `--help` needs no numpy
 
     filled = fill(config)
     batch = filled.batch_size
@@ -246,11 +246,7 @@ def resolve(
         before=before,
     )
     if batch > samples:
-        shares = batch // split.micro_batch
-        raise DataError(
-            f"batch_size {batch} is larger than the data set ({samples} images): use "
-            f"--batch-size {max(shares, samples // 2 // shares * shares)} or less, or more images"
-        )
+        raise too_few_images(batch, samples, shares=batch // split.micro_batch, least=2)
     total = _steps(filled.epochs, samples, batch)
     warmup = _steps(filled.optim.warmup_epochs, samples, batch)
     return Resolved(

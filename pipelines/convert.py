@@ -25,6 +25,7 @@ from pipelines.conversion.betoncheck import check_beton, check_text
 from pipelines.conversion.runner import convert
 from pipelines.conversion.storage import MODES, Storage
 from pipelines.errors import DataError
+from pipelines.index import positive
 
 _EPILOG = """\
 modes, for images that are not plain JPEGs of the wanted size already (those are copied):
@@ -85,7 +86,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mode", choices=MODES, default="jpeg", help="see below (default: %(default)s)")
     add(
         "--max-side",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="bring the longer side of larger images down to N pixels (default: keep all sizes)",
     )
@@ -98,7 +99,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "36 dB PSNR at 256 pixels; 95 gives 38 dB in 1.4 times the bytes)",
     )
     add("--no-labels", action="store_true", help="leave labels and classes out")
-    add("--workers", type=_positive, metavar="N", help="threads (default: every core)")
+    add("--workers", type=positive, metavar="N", help="threads (default: every core)")
     add("--force", action="store_true", help="replace OUT.beton if it exists")
     add("--check", action="store_true", help="compare a .beton's sha256 and decode it strictly")
     add("--json", action="store_true", help="print the result as JSON")
@@ -111,12 +112,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("name the file to write: DIR OUT.beton")
     args.workers = args.workers or len(os.sched_getaffinity(0))
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _quality(text: str) -> int:

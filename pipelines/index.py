@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from typing import Any
 from pipelines.errors import DataError
 from pipelines.indexbuild import make_index, root_listing
 from pipelines.indexfile import Index, keep, load, locations, save
-from pipelines.scan import printable
+from pipelines.scan import printable, refuse_hidden
 from pipelines.stores.tarbuild import open_tar_index, stored_tar_index
 from pipelines.stores.tarindex import TarIndex
 from pipelines.stores.tarshards import is_tar
@@ -112,6 +113,8 @@ def _unchanged(index: Index) -> bool:
             now = os.stat(os.path.join(root, folder)).st_mtime_ns
             if now != mtime or now > index.scanned_at - _SETTLED:
                 return False
+        if any(b.refused and os.access(os.path.join(root, b.path), os.R_OK) for b in index.bad):
+            return False
         return root_listing(root) == index.listing
     except OSError:
         return False
@@ -153,7 +156,7 @@ def refuse_if_bad(index: Index | TarIndex, max_bad_share: float = 0.05) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code: 0 usable, 4 not."""
+    """The command; returns the exit code: 0 usable, 4 not, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.index",
         description="Index a folder of images or tar shards: count, name the classes and find "
@@ -161,16 +164,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder of images, or tar shards")
     parser.add_argument("--verify", action="store_true", help="decode every image strictly")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: every core)")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="threads (default: every core)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start = time.perf_counter()
     try:
         index: Index | TarIndex
+        refuse_hidden(args.dir)
         if is_tar(args.dir):
             index, read = open_tar_index(args.dir, verify=args.verify, workers=args.workers)
-        elif args.dir.is_dir():
+        elif os.path.isdir(args.dir):
             index, read = _open(args.dir, args.verify, args.workers, progress=True, refresh=True)
         else:
             raise DataError(f"{args.dir} is not a folder: name the folder that holds the images")
@@ -180,7 +186,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return 4
+    except KeyboardInterrupt:
+        print("interrupted: no index was written", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+def positive(text: str) -> int:
+    """A number of workers or pixels, of a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _report(index: Index | TarIndex, read: int, seconds: float) -> dict[str, Any]:

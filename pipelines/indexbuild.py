@@ -94,7 +94,7 @@ def _carry_over(
     if previous is None or previous.stats is None:
         return sizes, reasons
     folders = {folder: i for i, folder in enumerate(previous.dirs)}
-    bad = {b.path: b for b in previous.bad}
+    bad = {b.path: b for b in previous.bad if not b.refused}
     for i, folder in enumerate(listed.dirs):
         old = folders.get(folder)
         span = slice(*previous.first[old : old + 2].tolist()) if old is not None else slice(0)

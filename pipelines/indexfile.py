@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
-from pipelines.scan import Bad, printable
+from pipelines.scan import Bad, expanded, printable
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +105,10 @@ def locations(root: Path) -> list[Path]:
     absolute = os.path.abspath(root)
     digest = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]
     name = os.path.basename(absolute) or "root"
-    default = Path.home() / ".cache" / "byol_fast"
-    cache = Path(os.environ.get("BYOL_FAST_CACHE") or default)
     beside = [] if absolute == os.path.sep else [Path(absolute + _SUFFIX)]
+    cache = expanded(os.environ.get("BYOL_FAST_CACHE") or "~/.cache/byol_fast")
+    if str(cache).startswith("~"):  # nobody's home: a user without one, as in some containers
+        return beside
     return [*beside, cache / f"{name}-{digest}{_SUFFIX}"]
 
 

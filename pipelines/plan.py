@@ -166,10 +166,7 @@ class RowStream:
         self.place = place or Place(first=0, images=len(self.sizes), rank=rank, ranks=world_size)
         self._share = batch_size // world_size * self.place.ranks  # rows of a step that are ours
         if self._share > len(self.sizes):
-            raise DataError(
-                f"batch_size {batch_size} is larger than the data set ({len(self.sizes)} images): "
-                f"use --batch-size {max(1, len(self.sizes) // 2)} or less, or more images"
-            )
+            raise too_few_images(batch_size, len(self.sizes), shares=world_size * accumulate)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
         self.spec, self.seed, self.batch_size, self.accumulate = spec, seed, batch_size, accumulate
@@ -229,6 +226,26 @@ class RowStream:
             np.concatenate([plan.windows(ids) for plan, ids in spans]),
             np.concatenate([plan.colours(ids) for plan, ids in spans]),
         )
+
+
+def too_few_images(batch_size: int, images: int, *, shares: int, least: int = 1) -> DataError:
+    """What to say of a batch that is larger than the data set.
+
+    Args:
+        shares: ranks x accumulate, of which a batch is a multiple.
+        least: images that a batch must have anyway.
+    """
+    smallest = -(-least // shares) * shares
+    if smallest > images:
+        fewer = ", or start fewer processes" if shares > 1 else ""
+        mend = f"add images: {smallest} is the smallest batch here{fewer}"
+    else:
+        fits = max(smallest, images // 2 // shares * shares)
+        mend = f"use --batch-size {fits} or less, or more images"
+    return DataError(
+        f"batch_size {batch_size} is larger than the data set ({images} "
+        f"{'image' if images == 1 else 'images'}): {mend}"
+    )
 
 
 def total_steps(epochs: int, samples: int, batch_size: int) -> int:

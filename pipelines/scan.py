@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines import decode
-from pipelines.errors import BadImage
+from pipelines.errors import BadImage, DataError
 from pipelines.progress import Progress
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "gif", "tif", "tiff", "ppm")
@@ -25,6 +26,7 @@ EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "gif", "tif", "tiff", "ppm")
 _HEAD_BYTES = 64 << 10  # what a header needs as a rule; files with more before it are read whole
 _MAX_BYTES = 1 << 30  # a file over 1 GiB is no image this library could use
 _FILES_PER_TASK = 32
+_REFUSED = ("cannot be read", "cannot be found", "the folder cannot be listed")
 _SUFFIXES = tuple(f".{e}".encode() for e in EXTENSIONS)
 
 Sizes: TypeAlias = npt.NDArray[np.int32]
@@ -38,6 +40,12 @@ class Bad(NamedTuple):
     reason: str
     size: int = -1  # bytes
     mtime: int = -1  # ns
+
+    @property
+    def refused(self) -> bool:
+        """Whether the system would not let it be read, which may pass without a trace in its size
+        and date: rights, the target of a link, a disk."""
+        return self.reason.startswith(_REFUSED)
 
 
 @dataclass
@@ -195,6 +203,23 @@ def open_regular(path: str | bytes, flags: int) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", path)
     return fd
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` and `~user` replaced, where there are such homes."""
+    return Path(os.path.expanduser(path))
+
+
+def refuse_hidden(path: Path) -> None:
+    """Raises DataError where the rights of a folder above hide whether there is such a path."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise DataError(
+            f"{path} cannot be looked at ({error.strerror}): check the rights of the folders above"
+        ) from error
+    except (OSError, ValueError):
+        pass  # a pattern, or a mistake that is told elsewhere
 
 
 def printable(path: bytes | str | os.PathLike[str]) -> str:

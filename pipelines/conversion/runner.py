@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -156,13 +157,13 @@ def _tasks(rows: range | list[int], sizes: npt.NDArray[np.int32]) -> Iterator[li
 def _check_target(data: str | Path, out: Path, force: bool) -> None:
     if out.suffix != ".beton":
         raise DataError(f"{out} has not the ending .beton, by which it is known: add it")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise DataError(f"{out.parent} is not a folder: create it, or write elsewhere")
-    if not out.exists():
+    if not os.path.exists(out):  # nor where the rights hide it: writing tells that
         return
     if not force:
         raise DataError(f"{out} exists: remove it, add --force, or write to another name")
-    if Path(data).exists() and out.samefile(data):
+    if os.path.exists(data) and os.path.samefile(out, data):
         raise DataError(f"{out} is what is to be converted: write to another name")
 
 

@@ -10,10 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.decode import MAX_PIXELS, decode_top
-from pipelines.errors import BadImage
+from pipelines.errors import BadImage, DataError
 from pipelines.stores import Images, Store
 
 log = logging.getLogger(__name__)
+
+
+# Bad images in succession, of an order that is shuffled: not they are broken, but what holds them.
+ALL_BAD = 512
 
 
 class Reader:
@@ -24,6 +28,7 @@ class Reader:
         self.bad: dict[int, str] = {}  # sample id -> reason
         self.seconds = 0.0  # spent in the store's `read`, summed over the threads
         self._sizes = store.sizes
+        self._in_succession = 0  # bad ones
         self._lock = threading.Lock()
 
     def read(self, row: int) -> bytes | Images:
@@ -70,12 +75,25 @@ class Reader:
                 f"it has {height} x {width} pixels, but had {indexed[0]} x {indexed[1]} when it "
                 "was indexed"
             )
+        self._in_succession = 0
 
     def add_bad(self, row: int, error: BadImage) -> None:
-        """Enter a row whose image is bad, and warn of it the first time."""
+        """Enter a row whose image is bad, and warn of it the first time.
+
+        Raises:
+            DataError: there was no good one among the last `ALL_BAD`.
+        """
         with self._lock:
-            if row in self.bad:
-                return
-            self.bad[row] = str(error)
+            known = row in self.bad
+            self.bad.setdefault(row, str(error))
+            self._in_succession += 1
         name = self.store.name(row)
+        if self._in_succession >= ALL_BAD:
+            raise DataError(
+                f"none of the last {ALL_BAD} images could be read or decoded, {name} for one: "
+                f"{error}. See that their disk is there, and that they are those that were "
+                "indexed (python -m pipelines.index FOLDER); then repeat the command"
+            )
+        if known:
+            return
         log.warning("%s cannot be decoded and is shown as grey: %s", name, error)

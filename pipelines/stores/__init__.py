@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol, TypeAlias, TypedDict, runtime_checkable
 
@@ -109,14 +110,17 @@ def open_store(
         from pipelines.stores.synthetic import SyntheticStore
 
         return SyntheticStore.parse(text)
-    path = Path(data).expanduser()
+    from pipelines.scan import expanded, refuse_hidden
+
+    path = expanded(data)
+    refuse_hidden(path)
     indexing = Indexing(
         verify=verify, workers=workers, progress=progress, max_bad_share=max_bad_share
     )
     store = _indexed(path, root, indexing)
     store = _as_it_is(path) if store is None else store
     if store is None:
-        if path.exists():
+        if os.path.exists(path):
             raise DataError(f"{path} is not a data set this version reads: {MEND}")
         raise DataError(f"{path} does not exist: check the path, or {MEND}")
     return store
@@ -139,27 +143,27 @@ def _indexed(path: Path, root: str | Path | None, indexing: Indexing) -> Store |
         from pipelines.stores.tar import TarStore
 
         return TarStore.open(path, **indexing)
-    if path.is_dir():
+    if os.path.isdir(path):
         from pipelines.stores.folder import FolderStore
 
         return FolderStore.open(path, **indexing)
     from pipelines.stores.listfile import SUFFIXES
 
-    if path.suffix in SUFFIXES and path.is_file():
+    if path.suffix in SUFFIXES and os.path.isfile(path):
         from pipelines.stores.listed import ListStore
 
-        below = None if root is None else Path(root).expanduser()
+        below = None if root is None else Path(os.path.expanduser(root))
         return ListStore.open(path, below, **indexing)
     return None
 
 
 def _as_it_is(path: Path) -> Store | None:
     """A file that says itself where its images are."""
-    if path.suffix == ".beton" and path.is_file():
+    if path.suffix == ".beton" and os.path.isfile(path):
         from pipelines.stores.beton import BetonStore
 
         return BetonStore.open(path)
-    if path.suffix in (".npz", ".npy") and path.is_file():
+    if path.suffix in (".npz", ".npy") and os.path.isfile(path):
         from pipelines.stores.arrays import load_arrays
 
         return load_arrays(path)

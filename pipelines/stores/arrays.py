@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,22 +73,35 @@ def load_arrays(path: Path) -> ArrayStore:
     An `.npy` file is mapped into memory, not read. Object arrays are refused: they are pickles.
     """
     try:
-        loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return ArrayStore(loaded, where=str(path))
-        with loaded:
-            if "images" not in loaded:
-                raise DataError(
-                    f"{path} has no array `images`, only {sorted(loaded)}: "
-                    "save it as np.savez(path, images=..., labels=...)"
-                )
-            labels = loaded.get("labels")
-            classes = loaded["classes"].tolist() if "classes" in loaded else None
-            return ArrayStore(loaded["images"], labels, classes, where=str(path))
+        arrays = _read(path)
     except DataError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as arrays ({error}): write it again") from error
+    except Exception as error:  # damaged zip, deflate and array headers raise nearly anything
+        raise DataError(
+            f"{path} cannot be read as arrays ({type(error).__name__}: {error}): write it again"
+        ) from error
+    return ArrayStore(*arrays, where=str(path))
+
+
+def _read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, list[str] | None]:
+    """Images, labels and names of classes."""
+    loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return loaded, None, None
+    with loaded:
+        if "images" not in loaded:
+            raise DataError(
+                f"{path} has no array `images`, only {sorted(loaded)}: "
+                "save it as np.savez(path, images=..., labels=...)"
+            )
+        labels, names = loaded.get("labels"), loaded.get("classes")
+        if names is not None and names.ndim != 1:
+            raise DataError(
+                f"{path}: `classes` must be a list of names, got shape {names.shape}: "
+                "save it as np.savez(path, images=..., labels=..., classes=['ant', 'bee', ...])"
+            )
+        classes = None if names is None else names.astype(str).tolist()
+        return loaded["images"], labels, classes
 
 
 def _check_images(images: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:

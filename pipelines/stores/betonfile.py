@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from pipelines.decode import MAX_PIXELS
 from pipelines.errors import DataError
-from pipelines.scan import printable
+from pipelines.scan import open_regular, printable
 from pipelines.stores import MOST_CLASSES
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def load(path: Path) -> BetonFile:
         DataError: it is no such file, is unfinished, damaged or truncated, or holds no images.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             return _Tables(path, file).load()
     except OSError as error:
         raise DataError(
@@ -193,6 +193,11 @@ class _Tables:
         image = next((i for i in images if names[i] == "image"), images[0])
         numbers = [i for i, kind in enumerate(kinds) if kind == INT_FIELD]
         label = next((i for i in numbers if names[i] == "label"), None)
+        if label is None and len(numbers) > 1:
+            log.warning(
+                "%s: none of its whole numbers (%s) is named label, so its images are unlabelled",
+                *(printable(self.path), printable(", ".join(names[i] for i in numbers))),
+            )
         return image, numbers[0] if label is None and len(numbers) == 1 else label
 
     def images(

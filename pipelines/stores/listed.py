@@ -1,7 +1,7 @@
 """Images that a file lists, below a folder: `train.txt`, `train_places205.csv`, `train2018.json`.
 
 What reading the images' headers told is kept in `LIST.index.npz` beside the list, or in the cache
-folder, and used again while the list itself is unchanged.
+folder, and used again while the list itself is unchanged. What was bad then is looked at again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pipelines.errors import BadImage, DataError
 from pipelines.indexfile import Strings, keep, locations, save_columns
 from pipelines.progress import Progress
-from pipelines.scan import Bad, Sizes, measure, printable
+from pipelines.scan import Bad, Sizes, measure, open_regular, printable
 from pipelines.stores.listfile import Listed, read_list
 
 log = logging.getLogger(__name__)
@@ -74,20 +74,30 @@ class ListStore:
                 `max_bad_share` of its lines and images are bad; they are named.
         """
         root = path.parent if root is None else root
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise DataError(f"{root} is not a folder: name the one that {path} is about (--root)")
         listed = read_list(path)
         key = _key(path, root)
-        found = _load(path, key, verify)
-        if found is None:
+        known = _load(path, key, verify)
+        if known is None:
+            sizes, before = np.zeros((len(listed.paths), 2), np.int32), None
+            todo = list(range(len(listed.paths)))
+        else:
+            verify, sizes, before = known
+            todo = sorted(before)
+        reasons: dict[int, str] = {}
+        if todo:
             threads = workers or len(os.sched_getaffinity(0)) * (1 if verify else 4)
             what = "verifying" if verify else "reading headers"
-            with Progress(what, len(listed.paths), enabled=progress) as bar:
-                found = measure(
-                    os.fsencode(root), listed.paths, verify=verify, workers=threads, progress=bar
+            paths = [listed.paths[row] for row in todo]
+            with Progress(what, len(todo), enabled=progress) as bar:
+                sizes[todo], bad = measure(
+                    os.fsencode(root), paths, verify=verify, workers=threads, progress=bar
                 )
-            keep(path, partial(_save, key, verify, *found))
-        store = cls(path, root, listed, *found)
+            reasons = {todo[i]: reason for i, reason in bad.items()}
+        if reasons != before:
+            keep(path, partial(_save, key, verify, sizes, reasons))
+        store = cls(path, root, listed, sizes, reasons)
         store._judge(max_bad_share)
         return store
 
@@ -106,7 +116,7 @@ class ListStore:
             BadImage: it is gone or cannot be read.
         """
         try:
-            with open(self._join(row), "rb", buffering=0) as file:
+            with open(self._join(row), "rb", buffering=0, opener=open_regular) as file:
                 return file.read()
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from error
@@ -157,14 +167,17 @@ def _save(
     save_columns({"list": text, "sizes": sizes}, path)
 
 
-def _load(path: Path, key: dict[str, Any], verify: bool) -> tuple[Sizes, dict[int, str]] | None:
-    """Sizes and reasons from an index that still holds; None where there is none."""
+def _load(
+    path: Path, key: dict[str, Any], verify: bool
+) -> tuple[bool, Sizes, dict[int, str]] | None:
+    """Whether verified, sizes and reasons, from an index that still holds; None where none does."""
     for place in locations(path):
         try:
             with open(place, "rb") as file, np.load(file, allow_pickle=False) as columns:
                 meta, sizes = json.loads(columns["list"].tobytes()), columns["sizes"]
             if key.items() <= meta.items() and (meta["verified"] or not verify):
-                return sizes, {int(row): str(why) for row, why in meta["bad"]}
+                reasons = {int(row): str(why) for row, why in meta["bad"]}
+                return bool(meta["verified"]), sizes, reasons
         except FileNotFoundError:
             continue
         except Exception as error:  # damaged zip and array headers raise nearly anything

@@ -13,6 +13,10 @@ from pipelines.scan import Bad, printable
 from pipelines.stores import MOST_CLASSES
 
 SUFFIXES = (".txt", ".csv", ".json")
+_WANTED = (
+    "a line `path label` for each image, or JSON with images, annotations and categories, as "
+    "iNaturalist's files have them"
+)
 
 
 @dataclass(kw_only=True)
@@ -28,9 +32,10 @@ class Listed:
 def read_list(path: Path) -> Listed:
     """The images that a file lists.
 
-    `.txt` and `.csv`: a line `path label` each, apart by blanks or, in a `.csv`, by a comma; the
-    label is a number from 0. Empty lines and those that begin with # are passed over. `.json`:
-    iNaturalist's `images`, `annotations` and `categories`; classes are numbered by category id.
+    `.txt` and `.csv`: a line `path label` each, apart by blanks or, in a `.csv`, by a comma, where
+    both may stand in quotes; the label is a number from 0. Empty lines and those that begin with #
+    are passed over. `.json`: iNaturalist's `images`, `annotations` and `categories`; classes are
+    numbered by category id.
 
     Raises:
         DataError: it cannot be read, or is none of these.
@@ -41,13 +46,17 @@ def read_list(path: Path) -> Listed:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): check the path and its rights"
         ) from error
-    listed = _from_json(path, text) if path.suffix == ".json" else _from_lines(path, text)
-    if not listed.paths:
-        first = f"; the first: {printable(listed.bad[0].path)} {listed.bad[0].reason}"
+    try:
+        listed = _from_json(text) if path.suffix == ".json" else _from_lines(path, text)
+    # What JSON may hold anywhere, and names that no file can have, raise nearly all of them.
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise DataError(
-            f"{path} lists no images{first if listed.bad else ''}: it needs a line `path label` "
-            "for each image, or iNaturalist's JSON"
-        )
+            f"{path} is not a list of images ({type(e).__name__}: {e}): it needs {_WANTED}"
+        ) from e
+    if not listed.paths:
+        bad = listed.bad[:1]
+        first = "".join(f"; the first: {printable(b.path)} {b.reason}" for b in bad)
+        raise DataError(f"{path} lists no images{first}: it needs {_WANTED}")
     return listed
 
 
@@ -58,8 +67,9 @@ def _from_lines(path: Path, text: str) -> Listed:
         if not line or line.startswith("#"):
             continue
         parts = line.rsplit(None, 1)
-        if comma and "," in parts[-1]:
-            parts = [part.strip() for part in line.rsplit(",", 1)]
+        before, found, after = line.rpartition(",")
+        if comma and found and len(after.split()) == 1:  # `a, b.jpg 3` is apart by blanks
+            parts = [_unquoted(part.strip()) for part in (before, after)]
         if len(parts) == 2 and parts[0] and parts[1].isdecimal() and int(parts[1]) < MOST_CLASSES:
             out.paths.append(_below(parts[0]))
             out.labels.append(int(parts[1]))
@@ -70,20 +80,20 @@ def _from_lines(path: Path, text: str) -> Listed:
     return out
 
 
-def _from_json(path: Path, text: str) -> Listed:
-    wanted = "images, annotations and categories, as iNaturalist's files have them"
-    try:
-        content: Any = json.loads(text)
-        images, categories = content["images"], content.get("categories", [])
-        notes = content.get("annotations", [])
-        name_of = {int(c["id"]): str(c.get("name", c["id"])) for c in categories}
-        named = [(image["id"], str(image["file_name"])) for image in images]
-        said = [(note["image_id"], int(note["category_id"])) for note in notes]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not a list of images ({type(error).__name__}: {error}): "
-            f"it must be JSON with {wanted}"
-        ) from error
+def _unquoted(field: str) -> str:
+    """A field of a `.csv`, which may stand in quotes."""
+    if len(field) >= 2 and field[0] == field[-1] == '"':
+        return field[1:-1].replace('""', '"')
+    return field
+
+
+def _from_json(text: str) -> Listed:
+    content: Any = json.loads(text)
+    images, categories = content["images"], content.get("categories", [])
+    notes = content.get("annotations", [])
+    name_of = {int(c["id"]): str(c.get("name", c["id"])) for c in categories}
+    named = [(image["id"], str(image["file_name"])) for image in images]
+    said = [(note["image_id"], int(note["category_id"])) for note in notes]
     number = {category: i for i, category in enumerate(sorted(name_of))}
     out, label_of = Listed(classes=_unique(name_of)), dict[Any, int]()
     for image, category in said:

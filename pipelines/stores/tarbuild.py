@@ -6,6 +6,7 @@ one, has changed.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -23,7 +24,7 @@ from pipelines.errors import BadImage, DataError
 from pipelines.indexfile import Strings, fingerprint, keep, locations
 from pipelines.ordered import in_order
 from pipelines.progress import Progress
-from pipelines.scan import EXTENSIONS, Bad
+from pipelines.scan import EXTENSIONS, Bad, expanded
 from pipelines.stores.openfile import OpenFile, OpenFiles
 from pipelines.stores.tarindex import TarIndex, class_names, load, save
 from pipelines.stores.tarshards import Samples, read_shard, shard_paths
@@ -37,7 +38,8 @@ _ROWS = 32  # in one task
 class _Listed:
     """The shards behind a name, as they look now."""
 
-    root: Path  # the folder, the file, or a name for the pattern
+    root: Path  # the folder, the file, or the pattern
+    beside: Path  # where the index is kept: the root, or a name for the pattern
     paths: list[Path]
     shards: tuple[str, ...]  # below the folder common to them
     looks: npt.NDArray[np.int64]  # [s, 2] bytes, mtime (ns)
@@ -54,14 +56,17 @@ class _Listed:
                 raise DataError(f"{path} is not a regular file: name tar files only")
         looks = np.array([(s.st_size, s.st_mtime_ns) for s in stats], np.int64).reshape(-1, 2)
         common = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-        root = Path(data).expanduser()
-        if not root.exists():  # a pattern
-            root = Path(common) / re.sub(r"[^\w.-]", "_", root.name)
-        return cls(root, paths, tuple(os.path.relpath(path, common) for path in paths), looks)
+        root = beside = expanded(data)
+        if not os.path.exists(root):  # a pattern, which may be longer than a file's name
+            digest = hashlib.sha256(os.fsencode(root.name)).hexdigest()[:8]
+            name = re.sub(r"[^\w.-]", "_", root.name)
+            beside = Path(common) / (name if len(name) <= 100 else f"{name[:80]}-{digest}")
+        shards = tuple(os.path.relpath(path, common) for path in paths)
+        return cls(root, beside, paths, shards, looks)
 
     def stored(self) -> Iterator[TarIndex]:
         """The indexes kept of them, whether they still fit or not."""
-        for place in locations(self.root):
+        for place in locations(self.beside):
             if (known := load(place, self.root, self.paths)) is not None:
                 yield known
 
@@ -108,7 +113,7 @@ def open_tar_index(
     with Progress("verifying" if verify else "reading headers", images, enabled=progress) as bar:
         sizes, reasons = _measure(paths, found, verify=verify, workers=threads, bar=bar)
     index = _assemble(root, paths, listed.shards, listed.looks, found, sizes, reasons, verify)
-    keep(root, partial(save, index))
+    keep(listed.beside, partial(save, index))
     return index, images
 
 

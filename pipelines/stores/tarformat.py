@@ -56,7 +56,7 @@ def members(file: OpenFile) -> Iterator[Member]:
         _check(block, offset)
         kind, data = block[156:157], offset + BLOCK
         length = 0 if kind in b"123456" else _number(block[124:136])  # links may state a size
-        if kind not in b"xgLK" and b"size" in extra:
+        if kind not in b"xgLK" and extra.get(b"size"):  # one without a value says nothing
             length = _number(extra[b"size"], base=10)
         if length > size - data:
             raise BadTar(f"is truncated: a member at byte {offset:,} runs past the end")
@@ -144,7 +144,7 @@ def _text(field: bytes) -> bytes:
 
 def _name(block: bytes, extra: dict[bytes, bytes]) -> bytes:
     for key in (b"GNU.sparse.name", b"path"):
-        if key in extra:
+        if extra.get(key):
             return extra[key]
     prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else b""
     return (prefix + b"/" if prefix else b"") + _text(block[:100])

@@ -27,7 +27,7 @@ _COLUMNS = ("stats", "first", "offsets", "lengths", "sizes", "labels")
 class TarIndex:
     """What is known of a list of shards: one row an image, shard by shard."""
 
-    root: Path  # the folder, the file, or a name for the pattern
+    root: Path  # the folder, the file, or the pattern
     paths: tuple[Path, ...]  # [s] of the shards
     shards: tuple[str, ...]  # [s] below the folder common to them
     verified: bool  # every row was decoded strictly, not only its header read

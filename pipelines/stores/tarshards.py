@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from pipelines.errors import BadImage, DataError
-from pipelines.scan import EXTENSIONS, Bad
+from pipelines.scan import EXTENSIONS, Bad, expanded
 from pipelines.stores import MOST_CLASSES
 from pipelines.stores.openfile import OpenFile
 from pipelines.stores.tarformat import BadTar, Member, members
@@ -28,8 +28,8 @@ _MOST_JSON = 1 << 20  # bytes
 
 def is_tar(data: str | Path) -> bool:
     """Whether this names tar files: one, a pattern of them, or a folder of nothing else."""
-    path = Path(data).expanduser()
-    if path.is_dir():
+    path = expanded(data)
+    if os.path.isdir(path):
         return _holds_tars(path)
     return path.name.lower().endswith(_ENDINGS)
 
@@ -56,11 +56,11 @@ def shard_paths(data: str | Path) -> list[Path]:
     Raises:
         DataError: there is none, or one that a pattern names is missing.
     """
-    path = Path(data).expanduser()
-    if path.is_dir():
+    path = expanded(data)
+    if os.path.isdir(path):
         visible = (p for p in path.iterdir() if not p.name.startswith("."))
         return sorted(p for p in visible if p.name.lower().endswith(_ENDINGS))
-    if path.exists():
+    if os.path.exists(path):
         return [path]
     paths: set[str] = set()
     for name in _expand(str(path)):

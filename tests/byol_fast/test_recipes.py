@@ -146,6 +146,20 @@ def test_a_batch_larger_than_the_data() -> None:
         resolved(samples=1000)
 
 
+@pytest.mark.parametrize(
+    ("samples", "ranks", "mend"),
+    [
+        (3, 4, "add images: 4 is the smallest batch here, or start fewer processes"),
+        (1, 1, "add images: 2 is the smallest batch here"),
+        (4, 4, "use --batch-size 4 or less"),
+        (3, 1, "use --batch-size 2 or less"),
+    ],
+)
+def test_what_is_advised_can_be_done(samples: int, ranks: int, mend: str) -> None:
+    with pytest.raises(DataError, match=rf"\({samples} images?\): {mend}"):
+        resolved(samples=samples, ranks=ranks)
+
+
 def test_batchnorm_needs_two_images() -> None:
     with pytest.raises(ValueError, match="one image"):
         resolved("--batch-size 8 --no-bn-sync", samples=100)

@@ -33,8 +33,9 @@ from byol_fast.model import BYOL
 from byol_fast.pretrain import main as pretrain
 from byol_fast.session.opening import agree_on_parts
 from pipelines.convert import main as convert
-from pipelines.errors import DataError
+from pipelines.errors import BadImage, DataError
 from pipelines.parts import Held
+from pipelines.sources import reader
 from pipelines.sources.torch_source import resize_crop
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store, open_store
@@ -323,6 +324,36 @@ def test_slow_storage_is_waited_for_and_named(
     report = (tmp_path / "report.html").read_text()
     assert "Training stood waiting for images" in report
     assert "the loader is the bottleneck" in report
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_disk_that_goes_away_ends_the_run(
+    backend: str,
+    unlabelled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Grey pixels take the place of single images, not of all that are left to train on."""
+    monkeypatch.setattr(reader, "ALL_BAD", 16)
+    real, seen = FolderStore.read, list[int]()
+
+    def read(store: FolderStore, row: int) -> bytes:
+        seen.append(row)
+        if len(seen) > 60 or len(seen) % 4 == 0:
+            raise BadImage("cannot be read: Stale file handle")
+        return real(store, row)
+
+    monkeypatch.setattr(FolderStore, "read", read)
+    assert run(unlabelled, tmp_path, "--backend", backend, "--batch-size", 4) == 4
+    assert 60 < len(seen) < 6 * 48
+    told = capsys.readouterr().err
+    assert "none of the last 16 images could be read or decoded" in told
+    assert "Stale file handle" in told and "Traceback" not in told
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and "none of the last 16" in status["reason"]
+    monkeypatch.setattr(FolderStore, "read", real)
+    assert run(unlabelled, tmp_path, "--backend", backend, "--batch-size", 4) == 0
 
 
 # A changed data set on resume

@@ -157,6 +157,22 @@ def test_numbers_that_are_no_classes_are_no_labels(
     assert "count no classes" in caplog.text
 
 
+def test_several_numbers_of_which_none_is_named_label(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields, rows = np.zeros(3, FIELD), np.zeros(1, row_type([2, 1, 1]))
+    fields["kind"], fields["name"] = [2, 1, 1], [b"image", b"number", b"class"]
+    start = HEADER.itemsize + fields.nbytes + rows.nbytes
+    rows["f0"] = (betonfile.RAW, 2, 1, start)
+    header = np.array([(betonfile.VERSION, 3, 8 << 20, 1, start + 6)], HEADER)
+    table = np.array([(0, start, 6)], ALLOCATION)
+    content = [header, fields, rows, np.arange(6, dtype=np.uint8), table]
+    (tmp_path / "a.beton").write_bytes(b"".join(part.tobytes() for part in content))
+    file = load(tmp_path / "a.beton")
+    assert file.label_field is None and file.labels.tolist() == [-1]
+    assert "none of its whole numbers (number, class) is named label" in caplog.text
+
+
 # Files of FFCV's own writer
 
 

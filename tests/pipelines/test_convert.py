@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -219,6 +220,24 @@ def test_an_existing_file_is_not_overwritten_unasked(tmp_path: Path) -> None:
 def test_names_that_are_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         quietly(make_folder(tmp_path / "data"), tmp_path / name)
+
+
+def test_a_folder_that_hides_what_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, private = make_folder(tmp_path / "data"), tmp_path / "private"
+    private.mkdir()
+
+    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *rest: Any, **options: Any) -> Any:
+            if str(path).startswith(f"{private}/"):
+                raise PermissionError(13, "Permission denied")
+            return real(path, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "stat", refusing(os.stat))
+    monkeypatch.setattr(os, "open", refusing(os.open))
+    with pytest.raises(DataError, match=r"a\.beton cannot be written \(Permission denied"):
+        quietly(folder, private / "a.beton")
 
 
 def test_a_disk_without_room_is_found_out_before(

@@ -191,6 +191,7 @@ def test_floating_point_pixels_are_refused() -> None:
         (b"\xff\xd8\xff\xe0\x00\x10JFIF", "truncated"),
         (b"\xff\xd8\xff\xd9\x00\x00", "no frame header"),
         (b"\xff\xd8\xff\xe0\x00\x02\x00\x00\x00\x00", "no marker"),
+        (b"\xff\xd8\xff\xc0\x00\x02\xff\xda\x00\x03\x01", "a frame header of the wrong length"),
     ],
 )
 def test_what_is_no_image_is_named(check: object, data: bytes, reason: str) -> None:
@@ -207,6 +208,20 @@ def test_truncated_files_are_refused_and_not_half_grey(kind: str) -> None:
         for check in (decode.decode, decode.verify):
             with pytest.raises(BadImage):
                 check(cut)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_cut_anywhere_in_its_header_is_refused(options: dict[str, object]) -> None:
+    data = encode(picture(), "JPEG", **options)
+    scan = data.index(b"\xff\xda")
+    for end in range(1, scan + 20):
+        for check in (decode.decode, decode.verify):
+            with pytest.raises(BadImage):
+                check(data[:end])
+        if end <= scan + 4:  # not even the size can be told
+            with pytest.raises(BadImage):
+                decode.header(data[:end])
+            assert not decode.is_plain_jpeg(data[:end])
 
 
 def test_bit_flips_that_pillow_does_not_see() -> None:

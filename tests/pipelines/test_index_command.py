@@ -46,6 +46,27 @@ def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "1 of 2 images cannot be used" in answer.err
 
 
+@pytest.mark.parametrize("workers", ["0", "-3", "x"])
+def test_command_takes_no_such_number_of_workers(
+    workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(three_classes(tmp_path / "data")), f"--workers={workers}"])
+    assert caught.value.code == 2 and "at least 1" in capsys.readouterr().err
+
+
+def test_command_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(indexbuild, "measure", interrupted)
+    assert main([str(three_classes(tmp_path / "data"))]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_command_as_a_module(tmp_path: Path) -> None:
     broken = {os.fsdecode(b"a/\xff.jpg"): b"", "a/é.jpg": b""}
     root = fill(tmp_path / "data", broken | {f"{c}/1.jpg": None for c in "abcdeü"})

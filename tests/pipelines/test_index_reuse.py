@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipelines import index as index_module
-from pipelines import indexfile
+from pipelines import indexfile, scan
 from pipelines.errors import DataError
 from pipelines.indexfile import Strings
 from tests.pipelines.index_folders import (
@@ -108,6 +108,35 @@ def test_an_overwritten_file_is_found_by_refresh(tmp_path: Path) -> None:
     (root / "cat" / "1.jpg").write_bytes(jpeg(50, 60))  # changes no folder's time
     assert quietly(root).sizes[1].tolist() == [21, 30]
     assert quietly(root, refresh=True).sizes[1].tolist() == [50, 60]
+
+
+def test_what_the_system_refused_is_tried_again_once_it_would_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rights and the targets of links change without a trace in sizes and dates."""
+    root = three_classes(tmp_path / "data")
+    (root / "eel" / "link.jpg").symlink_to(tmp_path / "late.jpg")
+    settle(root)
+    real = open
+
+    def refusing(path: bytes, *rest: object, **options: object) -> object:
+        if os.fsdecode(path).endswith("dog/2.jpg"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *rest, **options)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as denied:
+        denied.setattr(scan, "open", refusing, raising=False)
+        denied.setattr(os, "access", lambda path, mode: False)
+        assert [b.path for b in quietly(root).bad] == [b"dog/2.jpg", b"eel/link.jpg"]
+        with monkeypatch.context() as kept:
+            forbid_making(kept)
+            assert len(quietly(root).bad) == 2  # nothing to be gained
+    assert [b.path for b in quietly(root).bad] == [b"eel/link.jpg"]
+    (tmp_path / "late.jpg").write_bytes(jpeg(50, 60))
+    index = quietly(root)
+    assert len(index) == 13 and index.bad == ()
+    forbid_making(monkeypatch)
+    assert len(quietly(root)) == 13
 
 
 def test_verifying_after_headers_only_and_not_back(
@@ -279,6 +308,13 @@ def test_locations() -> None:
     assert indexfile.locations(Path("/data/sets/../sets/train"))[1] == cached
     assert indexfile.locations(Path("/other/train"))[1] != cached
     assert [path.parent for path in indexfile.locations(Path("/"))] == [cached.parent]
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BYOL_FAST_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)  # in no list of users
+    assert indexfile.locations(Path("/data/train")) == [Path("/data/train.index.npz")]
 
 
 def test_many_at_once(tmp_path: Path) -> None:

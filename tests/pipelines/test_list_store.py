@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from pipelines.errors import BadImage, DataError
 from pipelines.indexfile import locations
 from pipelines.stores import Store, listed, open_store
+from pipelines.stores.listfile import read_list
 
 NAMES = ["b/2.png", "a/1.png", "a/with blank.png", "c/3.png"]
 
@@ -63,6 +65,45 @@ def test_lines_in_the_order_of_the_list(root, name, apart):
     assert store.sizes.tolist() == [[8, 10], [9, 10], [10, 10], [11, 10]]
     assert [store.name(i) for i in range(4)] == [str(root / n) for n in NAMES]
     assert store.read(3) == (root / NAMES[3]).read_bytes() and store.quarantined == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("a.png, 3", "a.png"),
+        (" a.png ,3 ", "a.png"),
+        ("a b.png , 3", "a b.png"),
+        ("a, b.png 3", "a, b.png"),
+        ("a, b.png,3", "a, b.png"),
+        ('"a, b.png",3', "a, b.png"),
+        ('"a ""b"".png","3"', 'a "b".png'),
+        ("./a.png,3", "./a.png"),
+        ("\ufeffa.png,3\r", "a.png"),
+    ],
+)
+def test_a_line_of_a_csv(tmp_path, line, name):
+    (tmp_path / "x.csv").write_text(line)
+    listed = read_list(tmp_path / "x.csv")
+    assert (listed.paths, listed.labels, listed.bad) == ([os.fsencode(name)], [3], [])
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.csv", "x.json"])
+def test_a_list_of_nothing_is_refused(tmp_path, name):
+    for text in ("\n# nothing\n", "") if name != "x.json" else ('{"images": []}', ""):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=rf"{name} .*needs a line `path label`"):
+            open_store(tmp_path / name)
+
+
+def test_json_of_any_other_content_is_refused(root):
+    for changes in (
+        {"images": [{"id": [1], "file_name": "a.png"}]},
+        {"images": [{"id": 1, "file_name": "\ud800.png"}]},
+        {"categories": [{"id": float("inf")}]},
+        {"annotations": [{"image_id": {}, "category_id": 7}]},
+    ):
+        with pytest.raises(DataError, match=r"train2018\.json is not a list of images"):
+            open_list(inaturalist(root, **changes), root)
 
 
 def test_the_list_s_own_folder_is_the_default(root):
@@ -130,6 +171,42 @@ def test_headers_are_read_once(root, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(DataError, match=r"2\.png"):
         open_list(path, root)
+
+
+def test_what_was_bad_is_looked_at_again(root, monkeypatch):
+    """The list stays as it is while the missing files are copied to their places."""
+    path, late = places(root), root / NAMES[2]
+    content = late.read_bytes()
+    late.unlink()
+    with pytest.raises(DataError, match=r"1 of 4 listed images.*No such file"):
+        open_list(path, root, verify=True)
+    late.write_bytes(content)
+    seen = []
+    real = listed.measure
+    monkeypatch.setattr(listed, "measure", lambda r, p, **k: seen.extend(p) or real(r, p, **k))
+    store = open_list(path, root, verify=False)
+    assert len(store) == 4 and store.quarantined == () and store.read(2) == content
+    assert store.sizes.tolist() == [[8, 10], [9, 10], [10, 10], [11, 10]]
+    assert seen == [os.fsencode(NAMES[2])]
+    assert open_list(path, root, verify=True).fingerprint == store.fingerprint
+    assert len(seen) == 1  # kept, and still verified
+
+
+def test_a_pipe_in_the_place_of_a_listed_image_is_not_opened(root):
+    store = open_list(places(root), root)
+    (root / NAMES[1]).unlink()
+    os.mkfifo(root / NAMES[1])
+    errors = []
+    read = threading.Thread(target=lambda: errors.append(error_of(store.read, 1)), daemon=True)
+    read.start()
+    read.join(10)
+    assert not read.is_alive() and "not a regular file" in errors[0]
+
+
+def error_of(function, *arguments):
+    with pytest.raises(BadImage) as caught:
+        function(*arguments)
+    return str(caught.value)
 
 
 def test_labels_are_part_of_the_fingerprint(root):

@@ -155,7 +155,9 @@ def test_going_back_gives_the_same_rows() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"batch_size": 41}, DataError, "larger than the data set"),
+        ({"batch_size": 41}, DataError, r"larger than .* \(40 images\): use --batch-size 20 or"),
+        ({"batch_size": 48, "world_size": 24}, DataError, "use --batch-size 24 or less"),
+        ({"batch_size": 41, "world_size": 41}, DataError, r"add images: 41 .* fewer processes"),
         ({"batch_size": 0}, ValueError, "multiple of"),
         ({"batch_size": 8, "world_size": 3}, ValueError, "multiple of"),
         ({"batch_size": 8, "world_size": 2, "accumulate": 3}, ValueError, "multiple of"),

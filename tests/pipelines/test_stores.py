@@ -212,6 +212,34 @@ def test_array_files_that_are_refused(tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_any_damage_of_an_array_file_is_refused_or_harmless(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=pictures(3), labels=[0, 1, 0])
+    np.save(tmp_path / "a.npy", pictures(3))
+    refused = 0
+    for name in ("a.npz", "a.npy"):
+        whole = (tmp_path / name).read_bytes()
+        for position in range(0, min(len(whole), 800)):
+            damaged = bytearray(whole)
+            damaged[position] ^= 0x15
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                open_store(tmp_path / name)
+            except DataError as error:
+                assert str(tmp_path / name) in str(error)
+                refused += 1
+    assert refused > 100
+
+
+def test_names_of_classes_in_an_array_file(tmp_path: Path) -> None:
+    path, images = tmp_path / "data.npz", pictures(3)
+    np.savez(path, images=images, labels=[0, 1, 0], classes=np.array([b"ant", b"bee"]))
+    assert open_store(path).classes == ("ant", "bee")
+    for wrong in (np.array("ant"), np.array(3), np.array([["ant", "bee"]])):
+        np.savez(path, images=images, labels=[0, 0, 0], classes=wrong)
+        with pytest.raises(DataError, match="`classes` must be a list of names"):
+            open_store(path)
+
+
 def test_an_array_file_with_a_pickle_is_not_executed(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -258,6 +286,24 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="is an empty folder"):
         open_store(tmp_path / "empty", progress=False)
+
+
+def test_names_that_the_system_does_not_take(tmp_path: Path) -> None:
+    for name in ("x" * 300, "x" * 300 + ".txt", "nul\0", "~nobody-of-this-name/x"):
+        with pytest.raises(DataError, match="does not exist"):
+            open_store(name)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DataError, match="does not exist"):
+        open_store(tmp_path / "loop")
+
+
+def test_a_folder_above_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(DataError, match=r"private/train cannot be looked at \(Permission denied"):
+        open_store("private/train")
 
 
 def test_options_reach_the_index(tmp_path: Path) -> None:

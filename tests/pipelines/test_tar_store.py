@@ -155,6 +155,31 @@ def test_ways_to_name_shards(tmp_path: Path) -> None:
     assert quietly(folder / "*.tar").fingerprint == everything.fingerprint
 
 
+def test_a_pattern_is_called_as_it_was_given(tmp_path: Path) -> None:
+    """The message names a command, which has to find the shards again."""
+    folder = write_shards(tmp_path / "data")
+    broken_shard(folder / "train-003.tar", 20)
+    pattern = str(folder / "train-{000..003}.tar")
+    with pytest.raises(DataError) as caught:
+        quietly(pattern)
+    assert f"{pattern}: 3 of 35 images" in str(caught.value)
+    assert f"python -m pipelines.index '{pattern}' names" in str(caught.value)
+    assert len(quietly(pattern, max_bad_share=0.2)) == 32
+
+
+def test_a_pattern_longer_than_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_shards(tmp_path / "data", 50, 1)
+    pattern = f"train-{{{','.join(f'{i:03}' for i in range(50))},{'0' * 60}}}.tar"
+    (folder / f"train-{'0' * 60}.tar").write_bytes((folder / "train-000.tar").read_bytes())
+    assert len(pattern) > 255
+    assert len(quietly(folder / pattern)) == 51
+    assert "cannot be stored" not in caplog.text
+    seen = count_shards_read(monkeypatch)
+    assert len(quietly(folder / pattern)) == 51 and seen == []
+
+
 def test_missing_shards_are_named(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     with pytest.raises(DataError, match=r"train-003\.tar does not exist.* pattern .*\{000\.\.004"):

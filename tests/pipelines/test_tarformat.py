@@ -185,7 +185,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     assert ": " in str(caught.value)  # and how to mend it
 
 
-@pytest.mark.parametrize("size", ["-600", "x", "99999999999"])
+@pytest.mark.parametrize("size", ["-600", "x", "99999999999", "9" * 30])
 def test_damaged_pax_sizes_end_too(tmp_path: Path, size: str) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -204,6 +204,13 @@ def test_damaged_pax_records(tmp_path: Path, records: bytes) -> None:
     path.write_bytes(header(b"pax", 2 << 20, b"x") + bytes(3 << 20))
     with pytest.raises(BadTar, match="a header of 2,097,152 bytes"):
         found(path)
+
+
+def test_a_pax_record_without_a_value_is_walked_over(tmp_path: Path) -> None:
+    path, records = tmp_path / "a.tar", b"8 size=\n8 path=\n"
+    before = header(b"pax", len(records), b"x") + records.ljust(BLOCK, b"\0")
+    path.write_bytes(before + header(b"a.jpg", 3, b"0") + bytes(2 * BLOCK))
+    assert [(m.name, m.length) for m in found(path)] == [(b"a.jpg", 3)]
 
 
 def test_one_empty_block_is_an_end_mark(tmp_path: Path) -> None:

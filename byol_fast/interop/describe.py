@@ -42,7 +42,7 @@ def describe(found: Networks, *, keys: bool = False) -> str:
 
 def command(file: Path) -> str:
     """The command that imports a file."""
-    name = file.name.partition(".")[0]
+    name = file.name.partition(".")[0] + "-backbone"  # not the file itself: imports write .pth too
     return f"python -m byol_fast.interop import {shlex.quote(str(file))} {shlex.quote(name)}"
 
 

@@ -127,7 +127,7 @@ def export_file(
 
     Raises:
         CheckpointError: the source cannot be read.
-        ValueError: the layout cannot hold it, and why.
+        ValueError: the layout cannot hold it, and why; or `out` would be written over the source.
         OSError: disk full or read-only.
         ImportError: ONNX was asked for and a package for it is missing.
     """
@@ -140,6 +140,8 @@ def export_file(
     elif layout in ("torchvision", "safetensors"):
         _check_padding(found, layout, ignore_padding)
     path = _with_suffix(Path(out), layout)
+    both = [path.with_name(path.name + each) for each in (".safetensors", ".pth")]
+    files.spare(found.file, both if layout == "byol_fast" else [path])
     path.parent.mkdir(parents=True, exist_ok=True)
     if layout in _BOTH:
         if network != "online":

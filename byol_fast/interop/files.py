@@ -7,7 +7,7 @@ import logging
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -62,6 +62,15 @@ def read(path: Path | str) -> Content:
         ) from error
     except (OSError, zipfile.BadZipFile, struct.error, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def spare(source: Path, written: Iterable[Path]) -> None:
+    """Raises ValueError if a file that is about to be written is `source` itself."""
+    for path in written:
+        if path.exists() and path.samefile(source):
+            raise ValueError(
+                f"{path} is the file that is read, and would be written over: name another OUT"
+            )
 
 
 def _plain_torch(path: Path) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from byol_fast import checkpoint, export
+from byol_fast.interop import files as weight_files
 from byol_fast.interop import networks, state
 from byol_fast.interop.layouts import BACKBONE, TARGET_BACKBONE, TARGET_PROJECTOR, Network
 from byol_fast.interop.networks import Networks
@@ -54,7 +55,8 @@ def import_file(
 
     Raises:
         CheckpointError: the file cannot be read, or nothing here can hold its network.
-        ValueError: the network asked for is not in it, or does not fit; keys are named.
+        ValueError: the network asked for is not in it, or does not fit; keys are named. Or `out`
+            would be written over `file`.
         OSError: disk full or read-only.
     """
     found = networks.read(file, layout)
@@ -64,6 +66,8 @@ def import_file(
     net = _filled(found, network, meta)
     model = state.build(found, meta) if full else None  # before anything is written
     target = _without_suffix(Path(out))
+    written = (".safetensors", ".pth", *([state.SUFFIX] if full else []))
+    weight_files.spare(found.file, [target.with_name(target.name + each) for each in written])
     files: tuple[Path, ...] = export.export_backbone(net, target, meta)
     if model is not None:
         extra: dict[str, Any] = {

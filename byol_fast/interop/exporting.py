@@ -134,6 +134,8 @@ def export_file(
     if layout not in SUFFIXES:
         raise ValueError(f"unknown layout {layout!r}: one of {', '.join(SUFFIXES)}")
     found = read_source(source)
+    if layout not in ("onnx", "byol_fast"):
+        _check_norm(found, layout)
     if layout in _RESNETS:
         _check_resnet(found, layout)
         _check_padding(found, layout, ignore_padding)
@@ -235,6 +237,16 @@ def _check_resnet(found: Source, layout: str) -> None:
     stem = found.meta.get("stem", "imagenet")
     if stem == "cifar" and layout in ("detectron2", "timm"):
         raise ValueError(f"{layout}'s ResNets have no 3×3 stem: {found.file} has the cifar stem")
+
+
+def _check_norm(found: Source, layout: str) -> None:
+    """Other programs have BatchNorm under these keys: refuse to write a quiet mistake."""
+    norm = found.meta.get("norm", "batch")
+    if norm != "batch":
+        raise ValueError(
+            f"{found.file} has GroupNorm and standardised weights ({norm}), and {layout} computes "
+            "with BatchNorm: use --to onnx or byol_fast"
+        )
 
 
 def _check_padding(found: Source, layout: str, ignore: bool) -> None:

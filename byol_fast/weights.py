@@ -74,9 +74,14 @@ def foreign(path: Path, keys: Iterable[str] | None = None) -> str:
     """How to import a file of another project; "" if it is none, or one that is not known."""
     from byol_fast.interop import describe, layouts  # which import this module
 
-    if keys is not None and (found := layouts.find(layouts.clean(keys).values())):
-        return "" if found.name == "torchvision" else describe.hint(path)
-    return describe.hint(path) if keys is None else ""
+    if keys is None:
+        return describe.hint(path)
+    cleaned = layouts.clean(keys)
+    found = layouts.find(cleaned.values())
+    as_it_is = all(key == name for key, name in cleaned.items())
+    if found is None or (found.name == "torchvision" and as_it_is):
+        return ""
+    return describe.hint(path)
 
 
 def _from_folder(folder: Path) -> Weights:

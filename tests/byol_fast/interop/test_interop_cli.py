@@ -102,3 +102,19 @@ def test_a_file_is_not_written_over_itself(foreign, tmp_path, capsys, monkeypatc
         words = ["export", "byol-backbone.safetensors", "byol-backbone", "--to", layout]
         assert main(words) == Exit.USAGE
     assert (tmp_path / "byol-backbone.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("how", ["wrapped", "with objects", "parallel"])
+def test_torchvision_s_keys_in_another_s_wrapping_are_recognised(tmp_path, parts, how):
+    """As MoCo's, timm's and torchvision's own training scripts save them."""
+    state = parts["backbone"]
+    tree = {
+        "wrapped": {"state_dict": state, "arch": "resnet18"},
+        "with objects": {"model": state, "args": argparse.Namespace(lr=0.1)},
+        "parallel": {f"module.{key}": value for key, value in state.items()},
+    }[how]
+    torch.save(tree, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"torchvision's keys.*interop import .*x.pth x-back"):
+        load_backbone(tmp_path / "x.pth", backbone="resnet18", stem="cifar")
+    torch.save(state, tmp_path / "x.pth")  # nothing to import
+    load_backbone(tmp_path / "x.pth", backbone="resnet18", stem="cifar", image_size=32)

@@ -55,6 +55,9 @@ def read(path: Path | str) -> Content:
         if zipfile.is_zipfile(path):
             return _zip(path)
         with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise CheckpointError("incomplete, its end is missing: download or copy it again")
+            file.seek(0)
             return _pickle(path, file)
     except CheckpointError as error:
         raise CheckpointError(
@@ -118,6 +121,8 @@ def _zip(path: Path) -> Content:
                 return archive.read(f"{folder}data/{storage.key}")
             except KeyError as error:
                 raise CheckpointError(f"{path}: storage {storage.key} is missing") from error
+            except zipfile.BadZipFile as error:
+                raise CheckpointError(f"{path} is damaged: {error}") from error
 
     return Content(path, "torch", tree, records.opaque_names(tree), _reader(path, stored))
 

@@ -298,3 +298,15 @@ def test_embed_on_a_full_disk_is_an_error_not_a_crash(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no room for 4 × 3 features"):
         embedding._make(tmp_path / "f.npy", (4, 3), "float32")
     assert not list(tmp_path.iterdir())
+
+
+def test_validation_images_of_a_list_lie_below_root_too(weights, folders, cache, tmp_path):
+    for part, rows in (("train", range(12)), ("val", range(12, 16)), ("test", range(16, 20))):
+        lines = [f"{name}/{i}.png {c}" for c, name in enumerate(COLOURS) for i in rows]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
+    given = (("--data", "train"), ("--val-data", "val"), ("--test-data", "test"))
+    words = [word for flag, part in given for word in (flag, tmp_path / f"{part}.txt")]
+    words += ["--root", folders, "--weights", weights, "--cache", cache, "--quick"]
+    code, result = run("transfer", *words, out=tmp_path / "t.json")
+    assert code == Exit.DONE and result["images"] == {"train": 36, "validation": 12, "test": 12}
+    assert result["chosen_on"] == "the 12 images of --val-data"

@@ -115,11 +115,14 @@ def _from_safetensors(path: Path) -> Weights:
 def _from_training(path: Path, state: dict[str, Any]) -> Weights:
     tensors = {
         key.removeprefix(_ONLINE): value
-        for key, value in state["model"].items()
+        for key, value in state.get("model", {}).items()
         if key.startswith(_ONLINE)
     }
-    if not tensors:
-        raise CheckpointError(f"{path} holds no backbone (no key begins with {_ONLINE})")
+    if not tensors or "hyper" not in state:
+        raise CheckpointError(
+            f"{path} holds no backbone (no key begins with {_ONLINE}): it is no checkpoint of "
+            "pretraining. Name a run folder, or an exported backbone"
+        )
     return Weights(path, tensors, {**state["hyper"], "steps": state.get("step")})
 
 

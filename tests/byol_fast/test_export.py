@@ -214,6 +214,10 @@ def test_missing_things_are_named(tmp_path):
     torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="epoch, optimizer"):
         load_backbone(tmp_path / "other.pth")
+    path = checkpoint.save(tmp_path / "of-an-evaluation", 3, {"module": {}, "optimizer": {}})
+    for place in (path, path.parent):
+        with pytest.raises(CheckpointError, match="no checkpoint of pretraining"):
+            load_backbone(place)
 
 
 def test_weights_of_another_network_are_refused(files):

@@ -321,3 +321,14 @@ def test_heads_with_a_bias_keep_it(tmp_path, parts):
     assert model.target.projector[3].bias.tolist() == [0.25] * 12
     assert model.online.predictor[3].bias is None  # zeros add nothing
     assert isinstance(model, BYOL) and model.hyper["projector"] == HEADS["projector"]
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v2"])
+def test_another_network_of_torchvision_without_its_classifier(tmp_path, name):
+    """The classifier goes by another name than a ResNet's fc."""
+    net = getattr(torchvision.models, name)(num_classes=7)
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    options = {"layout": "torchvision", "backbone": name, "image_size": 64}
+    done = import_file(tmp_path / "x.pth", tmp_path / "out", **options)
+    expected = load_backbone(tmp_path / "x.pth", backbone=name, image_size=64)
+    assert torch.equal(features_of(load_backbone(done.files[0]), 64), features_of(expected, 64))

@@ -202,3 +202,11 @@ def test_mistakes_have_their_exit_codes(run, data, tmp_path, capsys):
     words = ("--steps", 2, "--batch-size", 12, "--lr", 1e30)
     assert run("finetune", *places(data), *words)[0] == Exit.DIVERGED
     assert "lower rate" in capsys.readouterr().err
+
+
+def test_quick_chooses_in_a_set_smaller_than_a_batch(run, data):
+    """Its batch may be the whole training set, of which a fifth is held out to choose by."""
+    words = ("--quick", "--share", 0.5, "--lr", 1e-6, 0.05)
+    code, result = run("semi", *places(data), *words)
+    assert code == Exit.DONE and len(result["chosen_from"]) == 2
+    assert result["images"]["train"] == result["protocol"]["batch_size"] == 24

@@ -59,6 +59,9 @@ def import_file(
             would be written over `file`.
         OSError: disk full or read-only.
     """
+    for name, values, least in (("mean", mean, 0.0), ("std", std, 1e-6)):
+        if values is not None and not all(least <= value <= 1 for value in values):
+            raise ValueError(f"{name} is of pixels in 0–1: divide by 255 what is of 0–255")
     found = networks.read(file, layout)
     asked = {"backbone": backbone, "stem": stem, "image_size": image_size}
     normalisation = {"mean": list(mean) if mean else None, "std": list(std) if std else None}

@@ -112,6 +112,9 @@ def test_a_full_state_holds_everything(tmp_path, model, parts):
         features_of(load_backbone(done.files[2])), features_of(model.online.encoder.backbone)
     )
     assert done.meta["mean"] == [0.5, 0.4, 0.3]
+    for wrong in ({"mean": (123.675, 116.28, 103.53)}, {"std": (0.2, 0.0, 0.2)}):
+        with pytest.raises(ValueError, match="is of pixels in 0–1"):
+            import_file(tmp_path / "x.pth", tmp_path / "bad", **wrong)
 
 
 def test_wrappers_and_nesting(tmp_path, parts):

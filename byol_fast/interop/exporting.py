@@ -188,6 +188,13 @@ def _write_model(found: Source, path: Path, layout: str) -> Path:
             "name a training checkpoint or a full state; or write the backbone alone "
             "(--to torchvision, --to mmdet)"
         )
+    for part in PARTS:
+        if not part.endswith(BACKBONE) and "3.weight" not in found.parts[part]:
+            raise ValueError(
+                f"{found.file}: its {part.replace('_', ' ')} ({found.meta.get(part)}) is not Linear, "
+                f"BatchNorm, ReLU, Linear, which --to {layout} needs: write the backbone alone "
+                "(--to torchvision, --to mmdet)"
+            )
     if layout == "byol":
         whole = networks.Networks(
             found.file, "", "byol_fast", "", found.parts, padding=state.padding_of(found.meta)

@@ -239,7 +239,14 @@ def test_results_come_back_as_one_table(weights, data, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "does not exist"), ("{}", "no rows"), ("[", "no result")]
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("{}", "no rows"),
+        ("[", "no result"),
+        ('{"rows": [{}], "weights": {"file": "w"}, "data": {"train": "d"}}', "this version's"),
+        ('{"rows": [], "weights": "w", "data": {}}', "this version's"),
+    ],
 )
 def test_a_file_that_is_no_result_is_named(tmp_path, capsys, content, message):
     path = tmp_path / "x.json"

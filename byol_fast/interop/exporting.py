@@ -191,9 +191,9 @@ def _write_model(found: Source, path: Path, layout: str) -> Path:
     for part in PARTS:
         if not part.endswith(BACKBONE) and "3.weight" not in found.parts[part]:
             raise ValueError(
-                f"{found.file}: its {part.replace('_', ' ')} ({found.meta.get(part)}) is not Linear, "
-                f"BatchNorm, ReLU, Linear, which --to {layout} needs: write the backbone alone "
-                "(--to torchvision, --to mmdet)"
+                f"{found.file}: its {part.replace('_', ' ')} ({found.meta.get(part)}) is not "
+                f"Linear, BatchNorm, ReLU, Linear, which --to {layout} needs: write the backbone "
+                "alone (--to torchvision, --to mmdet)"
             )
     if layout == "byol":
         whole = networks.Networks(

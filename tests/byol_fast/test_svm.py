@@ -94,7 +94,7 @@ def test_classes_too_small_to_choose_by_and_classes_nobody_shows():
 
 def test_a_class_without_images_is_nobody_s_best_guess():
     """Labels may leave numbers out; SVMs may reject an image of noise in every class there is."""
-    (x, targets), (unseen, truth) = blobs(noise=0.6), blobs(45, noise=0.6, seed=1)
+    (x, targets), (unseen, truth) = blobs(noise=0.6), blobs(300, noise=2.0, seed=1)
     gap = [np.insert(part, 1, 0, axis=1) for part in (targets, truth)]
     found = svm.fit(x, gap[0], unseen, gap[1], costs=(1.0,))
     assert (np.delete(found.scores, 1, axis=1).max(axis=1) < 0).any()

@@ -346,7 +346,7 @@ def test_a_resnet_below_any_prefix(tmp_path, parts):
 
     head = {"fc.0.weight": torch.ones(2, 512), "fc.2.bias": torch.ones(2)}
     alone = {
-        "simsiam": {"state_dict": below("module.encoder.") },
+        "simsiam": {"state_dict": below("module.encoder.")},
         "inner": {"encoder": below(""), "optimizer": {"state": {}}},
         "lightning": {"state_dict": below("net.resnet."), "callbacks": {}},
         "swav": below("module.") | {"module.prototypes.weight": torch.ones(3, 4)},

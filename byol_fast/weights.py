@@ -133,4 +133,7 @@ def some(names: Any, most: int = 3) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    text = str(error) or type(error).__name__
+    # torch's own reason comes last: before it, it advises to read the file with less care
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    return text.strip().splitlines()[0][:200]

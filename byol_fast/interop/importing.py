@@ -62,6 +62,8 @@ def import_file(
     for name, values, least in (("mean", mean, 0.0), ("std", std, 1e-6)):
         if values is not None and not all(least <= value <= 1 for value in values):
             raise ValueError(f"{name} is of pixels in 0–1: divide by 255 what is of 0–255")
+    if image_size is not None and image_size < 8:
+        raise ValueError(f"the image size must be at least 8 pixels, got {image_size}")
     found = networks.read(file, layout)
     asked = {"backbone": backbone, "stem": stem, "image_size": image_size}
     normalisation = {"mean": list(mean) if mean else None, "std": list(std) if std else None}

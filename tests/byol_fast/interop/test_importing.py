@@ -112,8 +112,12 @@ def test_a_full_state_holds_everything(tmp_path, model, parts):
         features_of(load_backbone(done.files[2])), features_of(model.online.encoder.backbone)
     )
     assert done.meta["mean"] == [0.5, 0.4, 0.3]
-    for wrong in ({"mean": (123.675, 116.28, 103.53)}, {"std": (0.2, 0.0, 0.2)}):
-        with pytest.raises(ValueError, match="is of pixels in 0–1"):
+    for wrong, said in (
+        ({"mean": (123.675, 116.28, 103.53)}, "is of pixels in 0–1"),
+        ({"std": (0.2, 0.0, 0.2)}, "is of pixels in 0–1"),
+        ({"image_size": -3}, "at least 8 pixels, got -3"),
+    ):
+        with pytest.raises(ValueError, match=said):
             import_file(tmp_path / "x.pth", tmp_path / "bad", **wrong)
 
 

@@ -180,7 +180,7 @@ def _fill(net: nn.Module, weights: Weights, name: str) -> None:
     own = inner.state_dict()
     counters = {key for key in own if key.endswith(".num_batches_tracked")}
     missing = sorted(own.keys() - tensors.keys() - counters)
-    extra = sorted(k for k in tensors.keys() - own.keys() if not _taken_off(inner, k))
+    extra = sorted(k for k in tensors.keys() - own.keys() if not taken_off(inner, k))
     differ = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
     if missing or extra or differ:
         shapes = [f"{k} {[*tensors[k].shape]} instead of {[*own[k].shape]}" for k in differ]
@@ -195,7 +195,7 @@ def _fill(net: nn.Module, weights: Weights, name: str) -> None:
     inner.load_state_dict(tensors, strict=False)
 
 
-def _taken_off(net: nn.Module, key: str) -> bool:
+def taken_off(net: nn.Module, key: str) -> bool:
     """Whether `key` is of a classifier that the network has no longer: an Identity stands there."""
     try:
         return isinstance(net.get_submodule(key.rpartition(".")[0]), nn.Identity)

@@ -74,9 +74,14 @@ def foreign(path: Path, keys: Iterable[str] | None = None) -> str:
     """How to import a file of another project; "" if it is none, or one that is not known."""
     from byol_fast.interop import describe, layouts  # which import this module
 
-    if keys is not None and (found := layouts.find(layouts.clean(keys).values())):
-        return "" if found.name == "torchvision" else describe.hint(path)
-    return describe.hint(path) if keys is None else ""
+    if keys is None:
+        return describe.hint(path)
+    cleaned = layouts.clean(keys)
+    found = layouts.find(cleaned.values())
+    as_it_is = all(key == name for key, name in cleaned.items())
+    if found is None or (found.name == "torchvision" and as_it_is):
+        return ""
+    return describe.hint(path)
 
 
 def _from_folder(folder: Path) -> Weights:
@@ -110,11 +115,14 @@ def _from_safetensors(path: Path) -> Weights:
 def _from_training(path: Path, state: dict[str, Any]) -> Weights:
     tensors = {
         key.removeprefix(_ONLINE): value
-        for key, value in state["model"].items()
+        for key, value in state.get("model", {}).items()
         if key.startswith(_ONLINE)
     }
-    if not tensors:
-        raise CheckpointError(f"{path} holds no backbone (no key begins with {_ONLINE})")
+    if not tensors or "hyper" not in state:
+        raise CheckpointError(
+            f"{path} holds no backbone (no key begins with {_ONLINE}): it is no checkpoint of "
+            "pretraining. Name a run folder, or an exported backbone"
+        )
     return Weights(path, tensors, {**state["hyper"], "steps": state.get("step")})
 
 
@@ -125,4 +133,7 @@ def some(names: Any, most: int = 3) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    text = str(error) or type(error).__name__
+    # torch's own reason comes last: before it, it advises to read the file with less care
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    return text.strip().splitlines()[0][:200]

@@ -70,6 +70,7 @@ def prepare(
         DataError: no labels, a single class, a test class the training set lacks, nothing to hold
             out, or the same images on both sides.
     """
+    same = test is not None and test.fingerprint == train.fingerprint  # before rows are left out
     train, note = _labelled_part(train, where)
     classes = _class_names(train)
     if len(present := np.unique(train.labels)) < 2:
@@ -91,7 +92,7 @@ def prepare(
             source=f"{len(test_ids)} images, a held-out {share:.0%} of {where} stratified by class "
             f"and chosen by a hash of the file names{note}",
         )
-    if test.fingerprint == train.fingerprint:
+    if same:
         raise DataError(
             f"{where} and the test set hold the same images, which would measure memory: leave "
             "the test set out and a part is held out, or name another"

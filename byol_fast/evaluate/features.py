@@ -151,6 +151,8 @@ def stream(
 ) -> Iterator[tuple[range, Tensor, dict[int, str]]]:
     """`extract` batch by batch, from row `start` on: rows, features `[b, F]` float32 on the CPU,
     and the reasons of those rows that could not be decoded (their features mean nothing)."""
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
     device = torch.device(device)
     spec = replace(spec or AugmentSpec(), image_size=image_size)
     backbone = backbone.to(device)

@@ -17,6 +17,7 @@ Ids = npt.NDArray[np.int64]
 Draw = tuple[Ids, Ids]  # rows that show a class, and rows that do not
 
 FOLDS = 3
+_LAST = -1e9  # below any SVM's score
 USUAL_COST = 1.0  # C where there are too few images to choose by
 
 
@@ -52,8 +53,8 @@ def fit_class(x: F64, truth: Ids, unseen: F64, costs: tuple[float, ...]) -> dict
             ]
             chosen = int(np.argmax([ap.mean() for ap in aps]))
             cost, best = costs[chosen], float(aps[chosen].mean())
-        if len(np.unique(truth)) < 2:  # nothing to separate
-            scores = np.zeros(len(unseen))
+        if len(np.unique(truth)) < 2:  # nothing to separate; what was never seen is guessed last
+            scores = np.full(len(unseen), 0.0 if truth.max() > 0 else _LAST)
         else:
             scores = classifier(cost).fit(x, truth).decision_function(unseen)
     return {"cost": np.array([cost]), "crossval": np.array([best]), "scores": scores}

@@ -43,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     add("file", type=Path, help="the file")
     add("out", type=Path, help="where to write, without suffix")
     add(
-        "--from", dest="layout", metavar="LAYOUT", help="its layout, where it should not be guessed"
+        "--from",
+        dest="layout",
+        metavar="LAYOUT",
+        help="its layout, where it should not be guessed, or a prefix such as encoder_q.",
     )
     add("--network", choices=NETWORKS, default="online", help="whose backbone")
     add("--backbone", help="torchvision name, where the shapes do not tell")

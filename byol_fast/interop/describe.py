@@ -42,7 +42,7 @@ def describe(found: Networks, *, keys: bool = False) -> str:
 
 def command(file: Path) -> str:
     """The command that imports a file."""
-    name = file.name.partition(".")[0]
+    name = file.name.partition(".")[0] + "-backbone"  # not the file itself: imports write .pth too
     return f"python -m byol_fast.interop import {shlex.quote(str(file))} {shlex.quote(name)}"
 
 
@@ -52,7 +52,7 @@ def hint(file: Path) -> str:
         found = networks.read(file)
     except (CheckpointError, ValueError):
         return ""
-    if found.layout in ("torchvision", "byol_fast"):
+    if found.layout == "byol_fast":
         return ""
     return f"It looks like {found.about}; import it first: {command(file)}"
 

@@ -127,19 +127,23 @@ def export_file(
 
     Raises:
         CheckpointError: the source cannot be read.
-        ValueError: the layout cannot hold it, and why.
+        ValueError: the layout cannot hold it, and why; or `out` would be written over the source.
         OSError: disk full or read-only.
         ImportError: ONNX was asked for and a package for it is missing.
     """
     if layout not in SUFFIXES:
         raise ValueError(f"unknown layout {layout!r}: one of {', '.join(SUFFIXES)}")
     found = read_source(source)
+    if layout not in ("onnx", "byol_fast"):
+        _check_norm(found, layout)
     if layout in _RESNETS:
         _check_resnet(found, layout)
         _check_padding(found, layout, ignore_padding)
     elif layout in ("torchvision", "safetensors"):
         _check_padding(found, layout, ignore_padding)
     path = _with_suffix(Path(out), layout)
+    both = [path.with_name(path.name + each) for each in (".safetensors", ".pth")]
+    files.spare(found.file, both if layout == "byol_fast" else [path])
     path.parent.mkdir(parents=True, exist_ok=True)
     if layout in _BOTH:
         if network != "online":
@@ -184,6 +188,13 @@ def _write_model(found: Source, path: Path, layout: str) -> Path:
             "name a training checkpoint or a full state; or write the backbone alone "
             "(--to torchvision, --to mmdet)"
         )
+    for part in PARTS:
+        if not part.endswith(BACKBONE) and "3.weight" not in found.parts[part]:
+            raise ValueError(
+                f"{found.file}: its {part.replace('_', ' ')} ({found.meta.get(part)}) is not "
+                f"Linear, BatchNorm, ReLU, Linear, which --to {layout} needs: write the backbone "
+                "alone (--to torchvision, --to mmdet)"
+            )
     if layout == "byol":
         whole = networks.Networks(
             found.file, "", "byol_fast", "", found.parts, padding=state.padding_of(found.meta)
@@ -233,6 +244,16 @@ def _check_resnet(found: Source, layout: str) -> None:
     stem = found.meta.get("stem", "imagenet")
     if stem == "cifar" and layout in ("detectron2", "timm"):
         raise ValueError(f"{layout}'s ResNets have no 3×3 stem: {found.file} has the cifar stem")
+
+
+def _check_norm(found: Source, layout: str) -> None:
+    """Other programs have BatchNorm under these keys: refuse to write a quiet mistake."""
+    norm = found.meta.get("norm", "batch")
+    if norm != "batch":
+        raise ValueError(
+            f"{found.file} has GroupNorm and standardised weights ({norm}), and {layout} computes "
+            "with BatchNorm: use --to onnx or byol_fast"
+        )
 
 
 def _check_padding(found: Source, layout: str, ignore: bool) -> None:

@@ -7,7 +7,7 @@ import logging
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +55,9 @@ def read(path: Path | str) -> Content:
         if zipfile.is_zipfile(path):
             return _zip(path)
         with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise CheckpointError("incomplete, its end is missing: download or copy it again")
+            file.seek(0)
             return _pickle(path, file)
     except CheckpointError as error:
         raise CheckpointError(
@@ -62,6 +65,15 @@ def read(path: Path | str) -> Content:
         ) from error
     except (OSError, zipfile.BadZipFile, struct.error, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def spare(source: Path, written: Iterable[Path]) -> None:
+    """Raises ValueError if a file that is about to be written is `source` itself."""
+    for path in written:
+        if path.exists() and path.samefile(source):
+            raise ValueError(
+                f"{path} is the file that is read, and would be written over: name another OUT"
+            )
 
 
 def _plain_torch(path: Path) -> Any:
@@ -109,6 +121,8 @@ def _zip(path: Path) -> Content:
                 return archive.read(f"{folder}data/{storage.key}")
             except KeyError as error:
                 raise CheckpointError(f"{path}: storage {storage.key} is missing") from error
+            except zipfile.BadZipFile as error:
+                raise CheckpointError(f"{path} is damaged: {error}") from error
 
     return Content(path, "torch", tree, records.opaque_names(tree), _reader(path, stored))
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from byol_fast import checkpoint, export
+from byol_fast.interop import files as weight_files
 from byol_fast.interop import networks, state
 from byol_fast.interop.layouts import BACKBONE, TARGET_BACKBONE, TARGET_PROJECTOR, Network
 from byol_fast.interop.networks import Networks
@@ -54,9 +55,15 @@ def import_file(
 
     Raises:
         CheckpointError: the file cannot be read, or nothing here can hold its network.
-        ValueError: the network asked for is not in it, or does not fit; keys are named.
+        ValueError: the network asked for is not in it, or does not fit; keys are named. Or `out`
+            would be written over `file`.
         OSError: disk full or read-only.
     """
+    for name, values, least in (("mean", mean, 0.0), ("std", std, 1e-6)):
+        if values is not None and not all(least <= value <= 1 for value in values):
+            raise ValueError(f"{name} is of pixels in 0–1: divide by 255 what is of 0–255")
+    if image_size is not None and image_size < 8:
+        raise ValueError(f"the image size must be at least 8 pixels, got {image_size}")
     found = networks.read(file, layout)
     asked = {"backbone": backbone, "stem": stem, "image_size": image_size}
     normalisation = {"mean": list(mean) if mean else None, "std": list(std) if std else None}
@@ -64,6 +71,8 @@ def import_file(
     net = _filled(found, network, meta)
     model = state.build(found, meta) if full else None  # before anything is written
     target = _without_suffix(Path(out))
+    written = (".safetensors", ".pth", *([state.SUFFIX] if full else []))
+    weight_files.spare(found.file, [target.with_name(target.name + each) for each in written])
     files: tuple[Path, ...] = export.export_backbone(net, target, meta)
     if model is not None:
         extra: dict[str, Any] = {

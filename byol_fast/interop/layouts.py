@@ -80,7 +80,7 @@ LAYOUTS = (
             "teacher_backbone. backbone_momentum.",
             "teacher_projection_head.layers. projection_head_momentum.layers.",
         ),
-        (("projection_head.",), ("backbone_momentum.",)),
+        (("backbone.", "projection_head."), ("backbone_momentum.",)),
         other=("online_classifier.", "criterion."),
     ),
     _layout(
@@ -153,12 +153,20 @@ CHOICES = (*NAMES, DEEPMIND, *_SAME_KEYS)
 def find(keys: Iterable[str], name: str | None = None) -> Layout | None:
     """The layout called `name`, or else the first that fits the keys; None where none does.
 
+    A name that ends in a dot is the prefix of a ResNet. One that lies alone below a prefix fits.
+
     Raises:
         ValueError: there is no layout of that name, or the keys are not its.
     """
     keys = list(keys)
     if name is None:
-        return next((layout for layout in LAYOUTS if layout.fits(keys)), None)
+        known = next((layout for layout in LAYOUTS if layout.fits(keys)), None)
+        prefixes = resnets(keys)
+        return _below(prefixes[0]) if known is None and len(prefixes) == 1 else known
+    if name.endswith("."):
+        if name not in resnets(keys):
+            raise ValueError(f"no ResNet with torchvision's keys lies below {name}")
+        return _below(name)
     name = _SAME_KEYS.get(name, name)
     for layout in LAYOUTS:
         if layout.name == name:
@@ -167,6 +175,17 @@ def find(keys: Iterable[str], name: str | None = None) -> Layout | None:
                 raise ValueError(f"no key begins with {needed[0]}, so it is not {layout.about}")
             return layout
     raise ValueError(f"unknown layout {name!r}: one of {', '.join(CHOICES)}")
+
+
+def resnets(keys: Iterable[str]) -> list[str]:
+    """The prefixes below which a ResNet with torchvision's keys lies."""
+    found, first = set(keys), "conv1.weight"
+    prefixes = (key.removesuffix(first) for key in found if key.endswith(f".{first}"))
+    return sorted(prefix for prefix in prefixes if f"{prefix}layer1.0.{first}" in found)
+
+
+def _below(prefix: str) -> Layout:
+    return _layout(prefix, f"a ResNet below {prefix}", (prefix, "", ""), ("", ""), ())
 
 
 def clean(keys: Iterable[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ _INNER = (
     *("network", "net"),
 )
 _PROGRESS = ("epoch", "epochs", "step", "steps", "global_step", "iter", "iteration")
-_CLASSIFIER = ("fc.", "linear.")
+_CLASSIFIER = ("fc.", "linear.", "projection_head.", "prototypes.")  # the last two are SwAV's
 
 
 @dataclass
@@ -51,7 +51,8 @@ def read(path: Path | str, layout: str | None = None) -> Networks:
     """Read a file of any known layout; nothing in it is executed.
 
     Args:
-        layout: one of `layouts.CHOICES`, where it should not be guessed.
+        layout: one of `layouts.CHOICES`, where it should not be guessed; or the prefix of a ResNet,
+            with its dot.
 
     Raises:
         CheckpointError: unreadable, of no known layout, or networks that nothing here can hold.
@@ -68,9 +69,14 @@ def read(path: Path | str, layout: str | None = None) -> Networks:
     keys = layouts.clean(flat)
     found = layouts.find(keys.values(), layout)
     if found is None:
+        if several := layouts.resnets(keys.values()):
+            raise CheckpointError(
+                f"{content.file} holds ResNets below {', '.join(several)}: name one with --from"
+            )
         raise CheckpointError(
             f"{content.file}: its keys are of no layout known here ({_first(flat)}). "
-            "docs/interop.md lists the layouts; name one with --from if it is a variant of it"
+            "docs/interop.md lists the layouts; name one with --from if it is a variant of it, or "
+            "--from torchvision with --backbone NAME for another network of torchvision"
         )
     networks = Networks(
         file=content.file,
@@ -120,6 +126,14 @@ def _state_dict(content: files.Content) -> tuple[dict[str, Any], str]:
             break
         node = records.mapping(node[inner]) or {}
         path.append(inner)
+    if not flat:  # below names of its own: {"encoder": {…}}, {"student": {…}, "teacher": {…}}
+        inside = {str(name): records.mapping(below) or {} for name, below in node.items()}
+        flat = {
+            f"{name}.{key}": leaf
+            for name, below in inside.items()
+            for key, leaf in below.items()
+            if arrays.is_leaf(leaf)
+        }
     if not flat:
         held = _first(node) if node else type(content.tree).__name__
         raise CheckpointError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast._version import __version__
-from byol_fast.export import write_atomically
+from byol_fast.export import taken_off, write_atomically
 from byol_fast.interop import layouts, networks, resnet
 from byol_fast.interop.layouts import (
     BACKBONE,
@@ -99,7 +99,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """
     own = module.state_dict()
     missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
-    extra = [k for k in tensors if k not in own]
+    extra = [k for k in tensors if k not in own and not taken_off(module, k)]
     shapes = [
         f"{k} {[*tensors[k].shape]} instead of {[*own[k].shape]}"
         for k in own

@@ -153,6 +153,8 @@ def test_a_plain_state_dict_needs_its_name(data, tmp_path, capsys):
         ({"--k": "0"}, Exit.USAGE, "--k must be at least 1"),
         ({"--device": "cuda:99"}, Exit.USAGE, "no such GPU"),
         ({"--device": "tpu"}, Exit.USAGE, "--device is auto, cpu"),
+        ({"--device": "mps"}, Exit.USAGE, "--device is auto, cpu"),
+        ({"--batch-size": "0"}, Exit.USAGE, "the batch size must be at least 1, got 0"),
         ({"--image-size": "4"}, Exit.USAGE, "at least 8 pixels"),
         ({"--out": "{folder}"}, Exit.USAGE, "cannot be written"),
     ],
@@ -237,7 +239,14 @@ def test_results_come_back_as_one_table(weights, data, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "does not exist"), ("{}", "no rows"), ("[", "no result")]
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("{}", "no rows"),
+        ("[", "no result"),
+        ('{"rows": [{}], "weights": {"file": "w"}, "data": {"train": "d"}}', "this version's"),
+        ('{"rows": [], "weights": "w", "data": {}}', "this version's"),
+    ],
 )
 def test_a_file_that_is_no_result_is_named(tmp_path, capsys, content, message):
     path = tmp_path / "x.json"

@@ -164,6 +164,19 @@ def test_mistakes_end_with_their_exit_code(weights, data, tmp_path, capsys, chan
     assert message in error and "Traceback" not in error
 
 
+def test_an_empty_test_set_is_refused_before_training(weights, data, tmp_path, capsys):
+    for task, protocol, lists, name in (
+        ("detect", "voc", "VOC2007/ImageSets/Main", "VOC2007/none"),
+        ("segment", "voc12aug", "VOC2012/ImageSets/Segmentation", "none"),
+    ):
+        here = data(task, protocol)
+        (here / lists / "none.txt").write_text("\n")
+        code = run(task, protocol, weights, here, tmp_path / "r.json", "--test-set", name)
+        error = capsys.readouterr().err
+        assert code == Exit.DATA and ("nothing to measure" in error or "no images" in error)
+        assert not list(tmp_path.glob("*.checkpoints"))
+
+
 def test_coco_without_pycocotools_names_the_command(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
     code = run("detect", "coco", weights, tmp_path, tmp_path / "r.json")

@@ -199,8 +199,9 @@ def test_damaged_files_are_named(tmp_path, files, suffix, damage):
     data = {"truncated": good.read_bytes()[:5000], "empty": b"", "text": b"<html>not found"}
     path = tmp_path / f"damaged.{suffix}"
     path.write_bytes(data[damage])
-    with pytest.raises(CheckpointError, match=r"damaged\."):
+    with pytest.raises(CheckpointError, match=r"damaged\.") as error:
         load_backbone(path, backbone="resnet18")
+    assert "weights_only" not in str(error.value)  # torch advises to turn it off
 
 
 def test_missing_things_are_named(tmp_path):
@@ -214,6 +215,10 @@ def test_missing_things_are_named(tmp_path):
     torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="epoch, optimizer"):
         load_backbone(tmp_path / "other.pth")
+    path = checkpoint.save(tmp_path / "of-an-evaluation", 3, {"module": {}, "optimizer": {}})
+    for place in (path, path.parent):
+        with pytest.raises(CheckpointError, match="no checkpoint of pretraining"):
+            load_backbone(place)
 
 
 def test_weights_of_another_network_are_refused(files):

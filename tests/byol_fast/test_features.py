@@ -188,6 +188,9 @@ def test_unusable_data_is_refused():
     store = folder_like("d")
     with pytest.raises(DataError, match="the same images"):
         prepare(store, store)
+    partly = Named(["d/a/0", "d/b/1", "d/b/2"], [0, 1, -1], ("a", "b"))
+    with pytest.raises(DataError, match="the same images"):
+        prepare(partly, partly)
     with pytest.raises(DataError, match="the test set has no labels"):
         prepare(store, Named(["a"], [-1], ()))
     with pytest.raises(DataError, match="one image per class"):

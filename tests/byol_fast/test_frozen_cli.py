@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -298,3 +300,30 @@ def test_embed_on_a_full_disk_is_an_error_not_a_crash(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no room for 4 × 3 features"):
         embedding._make(tmp_path / "f.npy", (4, 3), "float32")
     assert not list(tmp_path.iterdir())
+
+
+def test_validation_images_of_a_list_lie_below_root_too(weights, folders, cache, tmp_path):
+    for part, rows in (("train", range(12)), ("val", range(12, 16)), ("test", range(16, 20))):
+        lines = [f"{name}/{i}.png {c}" for c, name in enumerate(COLOURS) for i in rows]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines))
+    given = (("--data", "train"), ("--val-data", "val"), ("--test-data", "test"))
+    words = [word for flag, part in given for word in (flag, tmp_path / f"{part}.txt")]
+    words += ["--root", folders, "--weights", weights, "--cache", cache, "--quick"]
+    code, result = run("transfer", *words, out=tmp_path / "t.json")
+    assert code == Exit.DONE and result["images"] == {"train": 36, "validation": 12, "test": 12}
+    assert result["chosen_on"] == "the 12 images of --val-data"
+
+
+def test_predict_shows_a_name_that_utf8_cannot_write(weights, folders, head, tmp_path, capfd):
+    """Latin-1 out of an old archive: one such file must not cost the others their answer."""
+    (tmp_path / "x").mkdir()
+    name = os.fsencode(tmp_path) + b"/x/caf\xe9.png"
+    shutil.copy(folders / "red" / "1.png", name)
+    broken = os.fsencode(tmp_path) + b"/x/na\xefve.png"
+    with open(broken, "wb") as file:
+        file.write(b"no image")
+    for words in ((), ("--json",)):
+        code, _ = run("predict", tmp_path / "x", "--weights", weights, "--head", head, *words)
+        said = capfd.readouterr()
+        assert code == Exit.DATA and "1 of 2 images" in said.err and "udcef" in said.err
+        assert "udce9" in said.out and "red" in said.out

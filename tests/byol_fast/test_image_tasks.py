@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from byol_fast import export
+from byol_fast import checkpoint, export
 from byol_fast.errors import Exit
 from byol_fast.evaluate import finetune
+from byol_fast.evaluate import head as heads
 from byol_fast.evaluate.__main__ import main
 from byol_fast.networks.backbone import build_backbone
 
@@ -124,6 +126,9 @@ def test_semi_with_a_list_of_names(run, data, tmp_path, capsys):
     assert "semi, 50% of the labels, 12 epochs with batch 12, lr 0.2" in text
     assert "53.2" not in text and "24 images that" in text
     tuned = export.load_backbone(result["backbone"])
+    _, _, about = heads.load(result["head"])  # so that `predict` can tell it from the pretrained
+    assert about["weights_sha256"] == checkpoint.file_hash(Path(result["backbone"]))
+    assert about["weights_sha256"] != result["weights"]["sha256"] and about["crop"] == "centre"
     head = safetensors.torch.load_file(result["head"])
     image = np.zeros((1, 32, 32, 3), np.float32)
     image[:] = (np.array(COLOURS[1]) / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
@@ -197,3 +202,11 @@ def test_mistakes_have_their_exit_codes(run, data, tmp_path, capsys):
     words = ("--steps", 2, "--batch-size", 12, "--lr", 1e30)
     assert run("finetune", *places(data), *words)[0] == Exit.DIVERGED
     assert "lower rate" in capsys.readouterr().err
+
+
+def test_quick_chooses_in_a_set_smaller_than_a_batch(run, data):
+    """Its batch may be the whole training set, of which a fifth is held out to choose by."""
+    words = ("--quick", "--share", 0.5, "--lr", 1e-6, 0.05)
+    code, result = run("semi", *places(data), *words)
+    assert code == Exit.DONE and len(result["chosen_from"]) == 2
+    assert result["images"]["train"] == result["protocol"]["batch_size"] == 24

@@ -88,8 +88,17 @@ def test_classes_too_small_to_choose_by_and_classes_nobody_shows():
     assert np.isnan(result.aps[1]) and result.mean_ap == pytest.approx(
         (result.aps[0] + result.aps[2]) / 2
     )
-    targets[:, 1] = 0  # nothing to learn: no scores, and no error
-    assert not svm.fit(x, targets, unseen, truth, costs=(1.0,)).scores[:, 1].any()
+    targets[:, 1] = 0  # nothing to learn: no error, and equal scores
+    assert len(np.unique(svm.fit(x, targets, unseen, truth, costs=(1.0,)).scores[:, 1])) == 1
+
+
+def test_a_class_without_images_is_nobody_s_best_guess():
+    """Labels may leave numbers out; SVMs may reject an image of noise in every class there is."""
+    (x, targets), (unseen, truth) = blobs(noise=0.6), blobs(300, noise=2.0, seed=1)
+    gap = [np.insert(part, 1, 0, axis=1) for part in (targets, truth)]
+    found = svm.fit(x, gap[0], unseen, gap[1], costs=(1.0,))
+    assert (np.delete(found.scores, 1, axis=1).max(axis=1) < 0).any()
+    assert found.top1 == svm.fit(x, targets, unseen, truth, costs=(1.0,)).top1
 
 
 def test_finished_classes_are_not_fitted_again(tmp_path, monkeypatch):

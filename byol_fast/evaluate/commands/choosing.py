@@ -67,6 +67,9 @@ def choose(
 def _accuracy(
     job: Job, recipe: Recipe, fit: Store, held: Store, part: str, metric: Callable[[Scores], float]
 ) -> float:
+    if job.args.quick and len(fit) < recipe.batch_size:  # at most all images, which `fit` is not
+        cut = {"batch_size": len(fit), "base_lr": recipe.peak_lr * 256 / len(fit)}
+        recipe = recipe.changed(cut)
     module = job.fine_tuned()
     try:
         job.train(module, fit, recipe, part)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from byol_fast.evaluate.commands import common
 from pipelines.errors import DataError
+from pipelines.scan import printable
 
 if TYPE_CHECKING:
     from byol_fast.classifier import Prediction
@@ -53,14 +54,14 @@ def run(args: argparse.Namespace) -> None:
     )
     print(_as_json(paths, found, bad) if args.json else _as_table(paths, found))
     for path, reason in bad.items():
-        print(f"{path}: {reason}", file=sys.stderr)
+        print(f"{printable(path)}: {reason}", file=sys.stderr)
     if bad:
         raise DataError(f"{len(bad)} of {len(set(paths))} images could not be read, see above")
 
 
 def _as_json(paths: list[Path], found: dict[Path, Prediction], bad: dict[Path, str]) -> str:
     entries = [
-        {"image": str(path), **(found[path] if path in found else {"error": bad[path]})}
+        {"image": printable(path), **(found[path] if path in found else {"error": bad[path]})}
         for path in paths
     ]
     return json.dumps(entries, indent=1, ensure_ascii=False)
@@ -71,7 +72,7 @@ def _as_table(paths: list[Path], found: dict[Path, Prediction]) -> str:
     for path in paths:
         if path in found:
             each = found[path]
-            lines.append(f"{path}: {each['pred_class']} {each['pred_score']:.4f}")
+            lines.append(f"{printable(path)}: {each['pred_class']} {each['pred_score']:.4f}")
             width = max(len(name) for name, _ in each["top"])
             lines += [f"    {name.ljust(width)}  {score:.4f}" for name, score in each["top"]]
     return "\n".join(lines)

@@ -19,13 +19,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError where a file is no result, or a folder holds none."""
-    lines = [
-        (Row.from_dict(row), result["weights"]["file"], result["data"]["train"])
-        for path in _files(args.results)
-        for result in [_read(path)]
-        for row in result["rows"]
-    ]
-    print(render_all(lines))
+    print(render_all([line for path in _files(args.results) for line in _read(path)]))
 
 
 def _files(paths: list[Path]) -> list[Path]:
@@ -48,11 +42,16 @@ def _is_result(path: Path) -> bool:
     return True
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> list[tuple[Row, str, str]]:
+    """The rows of a result file, each with weights and data."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # not JSON, not text
         raise ValueError(f"{path} is no result of an evaluation: {error}") from error
     if not isinstance(content, dict) or not {"rows", "weights", "data"} <= content.keys():
         raise ValueError(f"{path} is no result of an evaluation: it has no rows")
-    return content
+    try:
+        weights, data = content["weights"]["file"], content["data"]["train"]
+        return [(Row.from_dict(row), weights, data) for row in content["rows"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of this version's evaluation: {error!r}") from error

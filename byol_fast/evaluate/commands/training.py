@@ -211,7 +211,9 @@ def save_network(job: Job, module: Any) -> dict[str, str]:
     meta |= {"mean": job.network.spec.mean, "std": job.network.spec.std}
     backbone, _ = export.export_backbone(module.backbone, job.where.with_name(name), meta)
     path = job.where.with_name(name + ".head.safetensors")
-    head.save(module.head, path, classes=job.labelled.classes)
+    trained = replace(job.network, weights=export.read_weights(backbone))  # not those given
+    about = record.head_of(trained, "centre")
+    head.save(module.head, path, classes=job.labelled.classes, about=about)
     return {"backbone": str(backbone), "head": str(path)}
 
 

@@ -123,7 +123,7 @@ def _split(
 
     train = opened.features(opened.labelled.train, "train features")
     if args.val_data and not opened.multi:
-        given = open_store(args.val_data, verify=False)
+        given = open_store(args.val_data, root=args.root, verify=False)
         labelled = prepare(opened.labelled.train, given)
         held = opened.features(labelled.test, "validation features")
         return (

@@ -63,11 +63,14 @@ def fit(
 
     Raises:
         ValueError: the network is no ResNet.
-        DataError: the sets name other classes, or an image cannot be read.
+        DataError: the sets name other classes, the test set has no objects, or an image cannot be
+            read.
         (and as `loop.train`)
     """
     if train_set.classes != test_set.classes:
         raise DataError("the training set and the test set have different classes")
+    if all(image.difficult.all() for image in test_set.images):  # of no objects too
+        raise DataError("the test set has no object that is not difficult: nothing to measure")
     images = training_images(train_set)
     with seeded(seed):
         model = detector.build(network, len(train_set.classes), recipe, mean=mean, std=std)

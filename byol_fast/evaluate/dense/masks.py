@@ -58,7 +58,7 @@ def read_voc(root: Path | str, sets: tuple[str, ...]) -> SegmentationSet:
     annotations lie.
 
     Raises:
-        DataError: a list, an image or a label is missing.
+        DataError: a list, an image or a label is missing, or the lists are empty.
     """
     base = devkit(root) / "VOC2012"
     pairs: dict[str, Pair] = {}
@@ -153,6 +153,8 @@ def _complete(
     numbers: npt.NDArray[np.uint8],
 ) -> SegmentationSet:
     refuse(problems, base)
+    if not pairs:
+        raise DataError(f"{base}: the lists of the sets name no images")
     numbers[IGNORE] = IGNORE
     marks = (f"{pair.id} {pair.label.parent.name} {pair.label.stat().st_size}" for pair in pairs)
     return SegmentationSet(

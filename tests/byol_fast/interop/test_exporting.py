@@ -220,3 +220,25 @@ def test_what_a_layout_cannot_hold_is_said(tmp_path, whole, run):
     with pytest.raises(ValueError, match=r"not byol_fast's own.*interop import"):
         export_file(tmp_path / "plain.pth", tmp_path / "out", "torchvision")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_group_norm_is_not_written_as_batch_norm(tmp_path):
+    """Under torchvision's keys it would load with strict=False, and compute something else."""
+    model = BYOL("resnet18", image_size=SIZE, norm="group-ws", **HEADS)
+    state = {"model": model.state_dict(), "hyper": model.hyper, "step": 5}
+    torch.save(state, tmp_path / "x.pt")
+    for layout in set(SUFFIXES) - {"onnx", "byol_fast"}:
+        with pytest.raises(ValueError, match=rf"standardised weights .group-ws., and {layout}"):
+            export_file(tmp_path / "x.pt", tmp_path / "out", layout)
+    path, _ = export_file(tmp_path / "x.pt", tmp_path / "out", "byol_fast")
+    expected = features_of(model.online.encoder.backbone)
+    assert torch.equal(features_of(load_backbone(path)), expected)
+
+
+def test_a_predictor_that_is_no_mlp_is_said(tmp_path):
+    model = BYOL("resnet18", image_size=SIZE, projector=HEADS["projector"], predictor="directpred")
+    state = {"model": model.state_dict(), "hyper": model.hyper, "step": 5}
+    torch.save(state, tmp_path / "x.pt")
+    for layout in MODELS:
+        with pytest.raises(ValueError, match=rf"its predictor .directpred. .* which --to {layout}"):
+            export_file(tmp_path / "x.pt", tmp_path / "out", layout)

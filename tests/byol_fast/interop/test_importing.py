@@ -112,6 +112,13 @@ def test_a_full_state_holds_everything(tmp_path, model, parts):
         features_of(load_backbone(done.files[2])), features_of(model.online.encoder.backbone)
     )
     assert done.meta["mean"] == [0.5, 0.4, 0.3]
+    for wrong, said in (
+        ({"mean": (123.675, 116.28, 103.53)}, "is of pixels in 0–1"),
+        ({"std": (0.2, 0.0, 0.2)}, "is of pixels in 0–1"),
+        ({"image_size": -3}, "at least 8 pixels, got -3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            import_file(tmp_path / "x.pth", tmp_path / "bad", **wrong)
 
 
 def test_wrappers_and_nesting(tmp_path, parts):
@@ -321,3 +328,54 @@ def test_heads_with_a_bias_keep_it(tmp_path, parts):
     assert model.target.projector[3].bias.tolist() == [0.25] * 12
     assert model.online.predictor[3].bias is None  # zeros add nothing
     assert isinstance(model, BYOL) and model.hyper["projector"] == HEADS["projector"]
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v2"])
+def test_another_network_of_torchvision_without_its_classifier(tmp_path, name):
+    """The classifier goes by another name than a ResNet's fc."""
+    net = getattr(torchvision.models, name)(num_classes=7)
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    options = {"layout": "torchvision", "backbone": name, "image_size": 64}
+    done = import_file(tmp_path / "x.pth", tmp_path / "out", **options)
+    expected = load_backbone(tmp_path / "x.pth", backbone=name, image_size=64)
+    assert torch.equal(features_of(load_backbone(done.files[0]), 64), features_of(expected, 64))
+
+
+def test_a_resnet_below_any_prefix(tmp_path, parts):
+    """MoCo's, SimSiam's, DINO's and SwAV's files, and what people make of their own."""
+    backbone = parts["backbone"]
+
+    def below(prefix: str) -> dict[str, torch.Tensor]:
+        return {f"{prefix}{key}": value for key, value in backbone.items()}
+
+    head = {"fc.0.weight": torch.ones(2, 512), "fc.2.bias": torch.ones(2)}
+    alone = {
+        "simsiam": {"state_dict": below("module.encoder.")},
+        "inner": {"encoder": below(""), "optimizer": {"state": {}}},
+        "lightning": {"state_dict": below("net.resnet."), "callbacks": {}},
+        "swav": below("module.") | {"module.prototypes.weight": torch.ones(3, 4)},
+        "backbone": {"state_dict": below("backbone.")},
+    }
+    alone["simsiam"]["state_dict"]["module.predictor.3.bias"] = torch.ones(2)
+    alone["swav"]["module.projection_head.0.weight"] = torch.ones(4, 512)
+    for name, tree in alone.items():
+        torch.save(tree, tmp_path / name)
+        done = import_file(tmp_path / name, tmp_path / f"{name}-out")
+        state = load_backbone(done.files[0]).state_dict()
+        assert all(state[key].equal(value) for key, value in backbone.items()), name
+    moco = below("module.encoder_q.") | below("module.encoder_k.")
+    moco |= {f"module.encoder_q.{key}": value for key, value in head.items()}
+    moco["module.encoder_k.conv1.weight"] = backbone["conv1.weight"] + 1
+    dino = {"student": below("module.backbone."), "teacher": below("backbone."), "epoch": 3}
+    for name, tree, prefixes in (
+        ("moco", {"state_dict": moco, "arch": "resnet18"}, ["encoder_k.", "encoder_q."]),
+        ("dino", dino, ["student.module.backbone.", "teacher.backbone."]),
+    ):
+        torch.save(tree, tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"below {', '.join(prefixes)}: name one with"):
+            import_file(tmp_path / name, tmp_path / "bad")
+        done = import_file(tmp_path / name, tmp_path / f"{name}-out", layout=prefixes[1])
+        found = load_backbone(done.files[0]).state_dict()["conv1.weight"]
+        assert found.equal(backbone["conv1.weight"])
+    with pytest.raises(ValueError, match="no ResNet with torchvision's keys lies below momentum"):
+        import_file(tmp_path / "moco", tmp_path / "bad", layout="momentum.")

@@ -170,3 +170,18 @@ def test_missing_files_and_folders_are_named(tmp_path):
         files.read(tmp_path / "nowhere.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         files.read(tmp_path)
+
+
+def test_an_incomplete_download_and_a_flipped_bit_are_said(tmp_path):
+    tree = {"w": torch.arange(4096.0), "x": argparse.Namespace()}
+    torch.save(tree, tmp_path / "good.pth")
+    blob = bytearray((tmp_path / "good.pth").read_bytes())
+    (tmp_path / "half.pth").write_bytes(blob[: len(blob) // 2])
+    with pytest.raises(CheckpointError, match=r"half.pth .*incomplete, its end is missing"):
+        files.read(tmp_path / "half.pth")
+    at = blob.index(tree["w"].numpy().tobytes())
+    blob[at + 100] ^= 1
+    (tmp_path / "bad.pth").write_bytes(blob)
+    found = files.read(tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=r"bad.pth is damaged: Bad CRC"):
+        found.tensor(found.tree["w"])

@@ -1,6 +1,7 @@
 """The commands as a user runs them: what they print, and their exit codes."""
 
 import argparse
+import shutil
 
 import pytest
 import torch
@@ -81,3 +82,39 @@ def test_loading_a_foreign_file_says_how_to_import_it(foreign, tmp_path, capsys,
     words = ["knn", "--weights", str(foreign), "--data", str(tmp_path / "data")]
     assert evaluate(words) == Exit.NO_CHECKPOINT
     assert "byol_fast.interop import" in capsys.readouterr().err
+
+
+def test_a_file_is_not_written_over_itself(foreign, tmp_path, capsys, monkeypatch):
+    """`import byol.pth byol`, in the folder of byol.pth, would put the backbone in its place."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(foreign, "byol.pth")
+    content = (tmp_path / "byol.pth").read_bytes()
+    assert main(["import", "byol.pth", "byol"]) == Exit.USAGE
+    assert "would be written over: name another OUT" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["byol.pth"]
+    assert (tmp_path / "byol.pth").read_bytes() == content
+    main(["inspect", "byol.pth"])
+    words = capsys.readouterr().out.splitlines()[-1].partition("byol_fast.interop ")[2].split()
+    assert main(words) == Exit.DONE  # the command that `inspect` prints
+    assert (tmp_path / "byol.pth").read_bytes() == content
+    content = (tmp_path / "byol-backbone.safetensors").read_bytes()
+    for layout in ("safetensors", "byol_fast"):  # the first would lose what the file says of itself
+        words = ["export", "byol-backbone.safetensors", "byol-backbone", "--to", layout]
+        assert main(words) == Exit.USAGE
+    assert (tmp_path / "byol-backbone.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("how", ["wrapped", "with objects", "parallel"])
+def test_torchvision_s_keys_in_another_s_wrapping_are_recognised(tmp_path, parts, how):
+    """As MoCo's, timm's and torchvision's own training scripts save them."""
+    state = parts["backbone"]
+    tree = {
+        "wrapped": {"state_dict": state, "arch": "resnet18"},
+        "with objects": {"model": state, "args": argparse.Namespace(lr=0.1)},
+        "parallel": {f"module.{key}": value for key, value in state.items()},
+    }[how]
+    torch.save(tree, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"torchvision's keys.*interop import .*x.pth x-back"):
+        load_backbone(tmp_path / "x.pth", backbone="resnet18", stem="cifar")
+    torch.save(state, tmp_path / "x.pth")  # nothing to import
+    load_backbone(tmp_path / "x.pth", backbone="resnet18", stem="cifar", image_size=32)

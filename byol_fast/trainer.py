@@ -278,9 +278,8 @@ class Trainer:
         z = output.projection.float()
         first, second = z.chunk(2)
         assert output.gradient_norm is not None
-        scale = self.scaler.get_scale() if self.scaler else 1.0
         device_values = {
-            "grad_norm": output.gradient_norm / scale,
+            "grad_norm": output.gradient_norm,
             "embedding_std": gauges.embedding_std(z),
             "rankme": gauges.rankme(z),
             "alignment": gauges.alignment(first, second),

@@ -160,8 +160,8 @@ def _drop_classifier(net: nn.Module) -> None:
             children = list(parent.named_children())
             at = [child for _, child in children].index(module)
             setattr(parent, children[at][0], nn.Identity())
-            if isinstance(parent, nn.Sequential) and at and isinstance(parent[at - 1], nn.Dropout):
-                parent[at - 1] = nn.Identity()
+            if at and isinstance(children[at - 1][1], nn.Dropout):
+                setattr(parent, children[at - 1][0], nn.Identity())
             return
     raise ValueError(f"{type(net).__name__} has no classifier to take off: name a hidden_layer")
 

@@ -6,7 +6,7 @@ A section may be left out (`--base-lr` for `--optim.base-lr`), since leaf names 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ def find(name: str, flags: Mapping[str, Flag]) -> Flag | None:
 
 
 def parse(
-    argv: Sequence[str], flags: Mapping[str, Flag], others: Iterable[str]
+    argv: Sequence[str], flags: Mapping[str, Flag], others: Collection[str]
 ) -> tuple[list[str], dict[str, Any]]:
     """Read `--name value`, `--name=value`, `name=value`, `--switch` and `--no-switch`.
 
     Args:
-        others: further options that exist (`--dry-run`), for suggestions only.
+        others: further options that exist (`--dry-run`), for messages only.
 
     Returns:
         The files named by `--config`, in order, and the values by dotted name; the last one wins.
@@ -49,6 +49,8 @@ def parse(
             continue
         if flag is None:
             off = find(name[3:], flags) if name[:3] in ("no-", "no_") else None
+            if equals and f"--{name}" in others:
+                raise UsageError(f"--{name} takes no value")
             if off is None or not off.is_switch or equals:
                 shown = word.partition("=")[0]
                 raise UsageError(f"unknown flag {shown}{_near_option(name, flags, others)}")
@@ -142,7 +144,7 @@ def load(path: Path) -> Mapping[Any, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2026-02-30
         raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}

@@ -16,7 +16,7 @@ from byol_fast.errors import Exit
 from byol_fast.flags import UsageError, nearest
 from byol_fast.recipes import fill
 
-_ROW = re.compile(r"epoch=(\d+), ?index=(\d+)")
+_ROW = re.compile(r"epoch=(\d{1,15}), ?index=(\d{1,15})")
 
 COMMANDS = {
     "pretrain": ("byol_fast.pretrain", "learn a representation from a folder of images"),

@@ -67,7 +67,8 @@ def compiled(
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
     except Exception as error:  # whatever a compiler, or what it calls, may raise
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        first, *_ = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {first}"
     seconds = time.perf_counter() - started
     (failed,) = world.any(bool(reason))
     if failed:

@@ -136,15 +136,12 @@ def _as_kind(raw: object, kind: type) -> Any:
         return True if word in TRUE else False if word in FALSE else None
     if isinstance(raw, bool):  # an int to Python, but not to us
         return raw if kind is bool else None
-    if kind is float and isinstance(raw, int):
-        return float(raw)
     if isinstance(raw, kind):
         return raw
-    if kind is str or not isinstance(raw, str):
-        return None
+    readable = isinstance(raw, str) and kind is not str
     try:
-        return kind(raw)
-    except ValueError:
+        return kind(raw) if readable or (kind is float and isinstance(raw, int)) else None
+    except (ValueError, OverflowError):
         return None
 
 

@@ -120,7 +120,8 @@ def convert(module: nn.Module, *, views: int = 2, sync: Sync = False) -> nn.Modu
     """Replace every BatchNorm (SyncBatchNorm too) below `module` by ViewBatchNorm, in place.
 
     Parameters and buffers are taken over, not copied. Returns the module; a new one only if it is
-    itself a BatchNorm. A layer used in two places stays one layer.
+    itself a BatchNorm. A layer used in two places stays one layer. What timm's BatchNormAct2d does
+    besides is kept; another subclass with a forward of its own raises ValueError.
     """
     made: dict[nn.Module, ViewBatchNorm] = {}
 
@@ -140,8 +141,32 @@ def convert(module: nn.Module, *, views: int = 2, sync: Sync = False) -> nn.Modu
     return replacement(module)
 
 
+class ViewBatchNormAct(ViewBatchNorm):
+    """With what timm's BatchNormAct2d does to its output: `drop`, then `act`, of the same names."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, self.act(self.drop(super().forward(input))))
+
+
+def does_more(norm: _BatchNorm) -> bool:
+    """Whether a layer of this class does something of its own besides BatchNorm."""
+    ours_and_torchs = (_BatchNorm, nn.SyncBatchNorm, ViewBatchNorm)
+    return type(norm).forward not in [kind.forward for kind in ours_and_torchs]
+
+
 def _as_view_norm(old: _BatchNorm, views: int, sync: Sync) -> ViewBatchNorm:
-    new = ViewBatchNorm(
+    kind = ViewBatchNorm
+    if does_more(old):
+        if old._modules.keys() != {"drop", "act"}:
+            raise ValueError(
+                f"the backbone's {type(old).__name__} is a BatchNorm with a forward of its own, "
+                "and it is not known what that does: use nn.BatchNorm2d and a layer of its own"
+            )
+        kind = ViewBatchNormAct
+    new = kind(
         old.num_features,
         old.eps,
         cast(float, old.momentum),
@@ -153,7 +178,9 @@ def _as_view_norm(old: _BatchNorm, views: int, sync: Sync) -> ViewBatchNorm:
     new.affine, new.track_running_stats = old.affine, old.track_running_stats
     new._parameters.update(old._parameters)
     new._buffers.update(old._buffers)
-    return new.train(old.training)
+    new._modules.update(old._modules)
+    new.training = old.training
+    return new
 
 
 def set_views(module: nn.Module, views: int) -> None:

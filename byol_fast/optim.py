@@ -52,6 +52,8 @@ class LARS(torch.optim.Optimizer):
     ImportError where its package is missing. Tensors without a gradient are skipped.
     """
 
+    impl: str = ""  # until the first groups are there
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -70,7 +72,7 @@ class LARS(torch.optim.Optimizer):
             raise ValueError(f"lr must be finite and >= 0, got {lr}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-        if weight_decay < 0 or eta <= 0:
+        if not (0 <= weight_decay < math.inf and 0 < eta < math.inf):
             raise ValueError(f"need weight_decay >= 0 and eta > 0, got {weight_decay} and {eta}")
         if impl not in get_args(Impl):
             raise ValueError(f"impl is one of {', '.join(get_args(Impl))}, got {impl!r}")
@@ -81,7 +83,7 @@ class LARS(torch.optim.Optimizer):
         groups = {"momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
         super().__init__(params, {"lr": lr, **groups})
         everything = [p for group in self.param_groups for p in group["params"]]
-        self.impl: str = _choose(everything) if impl == "auto" else impl
+        self.impl = _choose(everything) if impl == "auto" else impl
         self._fused: list[FusedGroup] = []
         match self.impl:
             case "fused":
@@ -134,6 +136,17 @@ class LARS(torch.optim.Optimizer):
         self._run(follower, decay, finite)
         late = [(t, o) for o, t in follower.items()]  # those that no group stepped
         ema_([t for t, _ in late], [o for _, o in late], decay, finite=finite)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Raises ValueError for parameters that a fused update cannot take."""
+        super().add_param_group(param_group)
+        if self.impl != "fused":
+            return
+        try:
+            self._fused += _fused_groups([p for g in self.param_groups for p in g["params"]], 1)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def settle(self) -> None:
         """After a CUDA graph was captured with a step in it: sends what could not be sent then."""

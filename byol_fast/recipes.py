@@ -8,10 +8,10 @@ A value set by hand always wins.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from byol_fast.config import FLAGS, Config, get, replace
@@ -151,7 +151,8 @@ RECIPE_NAMES = tuple(name for name, flag in FLAGS.items() if flag.unset == RECIP
 
 def nearest_row(rows: Mapping[int, Row], epochs: int) -> int:
     """The tabulated number of epochs whose row a run of `epochs` uses: nearest in ratio."""
-    return min(sorted(rows, reverse=True), key=lambda tabulated: abs(math.log(tabulated / epochs)))
+    longest_first = sorted(rows, reverse=True)
+    return min(longest_first, key=lambda row: Fraction(max(row, epochs), min(row, epochs)))
 
 
 def fill(config: Config) -> Config:

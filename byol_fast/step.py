@@ -25,7 +25,7 @@ class StepOutput(NamedTuple):
     loss: Tensor  # [] mean over the rank's images, both directions summed (0 to 8)
     projection: Tensor  # [2B, D] of the last micro-batch, view 1 then view 2, detached
     representation: Tensor  # [2B, F] of the last micro-batch, detached
-    gradient_norm: Tensor | None = None  # [] of all gradients, times fp16's scale; with a guard
+    gradient_norm: Tensor | None = None  # [] of all gradients; with a guard
 
 
 def train_step(
@@ -61,7 +61,8 @@ def train_step(
             loss = networks.loss(prediction, target)
             scale(loss / accumulate).backward(None if guard is None else guard.seed(loss))
         total += loss.detach() / accumulate
-    norm = None if guard is None else guard.gradient_norm()
+    # Without fp16's scale as it was in this step: the update below may change it.
+    norm = None if guard is None else guard.gradient_norm() / scale(torch.ones_like(total))
     finite = None if norm is None else norm.isfinite()
     # EMA after LARS, with the updated online weights, as the authors do.
     pairs = model.target_ema_params(), model.online_ema_params()

@@ -81,7 +81,7 @@ class Trainer:
             self.networks = replace(networks, online=data_parallel(networks.online, world))
         self.lr, self.decay = 0.0, plan.target_decay
         self.scaler = torch.amp.GradScaler(world.device.type) if plan.precision == "fp16" else None
-        self.guard = Guard(model, window=plan.log_every)
+        self.guard = Guard(model, window=min(plan.log_every, plan.total_steps))
         self.nonfinite = NonFinite(
             world, self.guard, pipeline, folder.path, runlog, stop=plan.stop_nonfinite
         )
@@ -201,7 +201,8 @@ class Trainer:
     def _one_step(self, views: Iterator[Views]) -> StepOutput:
         plan, taken = self.plan, list[Views]()
         # A seed per step instead of a generator's state: dropout resumes with nothing to save.
-        torch.manual_seed((plan.seed * 1_000_003 + self.step) * 8191 + self.world.rank)
+        seed = (plan.seed * 1_000_003 + self.step) * 8191 + self.world.rank
+        torch.manual_seed(seed % 2**64)  # torch takes no more bits
         self.lr = learning_rate(
             self.step,
             peak=plan.peak_lr,
@@ -277,9 +278,8 @@ class Trainer:
         z = output.projection.float()
         first, second = z.chunk(2)
         assert output.gradient_norm is not None
-        scale = self.scaler.get_scale() if self.scaler else 1.0
         device_values = {
-            "grad_norm": output.gradient_norm / scale,
+            "grad_norm": output.gradient_norm,
             "embedding_std": gauges.embedding_std(z),
             "rankme": gauges.rankme(z),
             "alignment": gauges.alignment(first, second),

@@ -133,7 +133,10 @@ def _torchvision(name: str, stem: Stem, image_size: int) -> nn.Module:
         extra["image_size"] = image_size  # its position embedding has one size
     elif name in ("inception_v3", "googlenet"):
         extra.update(aux_logits=False, init_weights=True)
-    net: nn.Module = torchvision.models.get_model(name, weights=None, **extra)
+    try:
+        net: nn.Module = torchvision.models.get_model(name, weights=None, **extra)
+    except AssertionError as error:  # a ViT's patches do not fill the image
+        raise _misfit(name, image_size, error) from error
     if stem == "cifar":
         if not _is_resnet(net):
             raise ValueError(f"the cifar stem is for ResNets, not for {name!r}")
@@ -157,8 +160,8 @@ def _drop_classifier(net: nn.Module) -> None:
             children = list(parent.named_children())
             at = [child for _, child in children].index(module)
             setattr(parent, children[at][0], nn.Identity())
-            if isinstance(parent, nn.Sequential) and at and isinstance(parent[at - 1], nn.Dropout):
-                parent[at - 1] = nn.Identity()
+            if at and isinstance(children[at - 1][1], nn.Dropout):
+                setattr(parent, children[at - 1][0], nn.Identity())
             return
     raise ValueError(f"{type(net).__name__} has no classifier to take off: name a hidden_layer")
 
@@ -191,12 +194,14 @@ def _mock(net: nn.Module, image_size: int, name: str) -> Any:
     try:
         return net.eval()(image)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"backbone {name!r} cannot take {image_size}×{image_size} images: {error}"
-        ) from error
+        raise _misfit(name, image_size, error) from error
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _misfit(name: str, image_size: int, error: Exception) -> ValueError:
+    return ValueError(f"backbone {name!r} cannot take {image_size}×{image_size} images: {error}")
 
 
 def _freeze_unused(net: nn.Module, image_size: int, name: str) -> None:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from byol_fast.norm import does_more
+
 GROUPS = 16
 _TINY = 1e-10  # beside a variance of 1e-4 or more; a constant weight becomes 0, not NaN
 
@@ -76,6 +78,11 @@ def _before_a_norm(parent: nn.Module) -> Iterator[nn.Module]:
 def _replacement(old: nn.Module, before_a_norm: bool, groups: int) -> nn.Module | None:
     new: nn.Module
     if isinstance(old, _BatchNorm):
+        if does_more(old):
+            raise ValueError(
+                f"group-ws cannot take the place of the backbone's {type(old).__name__}, which "
+                "does more than BatchNorm: use nn.BatchNorm2d and a layer of its own for the rest"
+            )
         new = nn.GroupNorm(
             math.gcd(groups, old.num_features), old.num_features, old.eps, old.affine, device="meta"
         )

@@ -71,7 +71,8 @@ def trim(module: nn.Module) -> None:
 
 def _plain(layer: nn.Conv2d) -> bool:
     return (
-        max(layer.kernel_size) > 1
+        not layer._forward_hooks  # a hidden layer's: they would not come along
+        and max(layer.kernel_size) > 1
         and not isinstance(layer.padding, str)
         and max(layer.padding) > 0
         and layer.padding_mode == "zeros"

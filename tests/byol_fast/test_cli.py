@@ -67,6 +67,7 @@ def test_a_good_command_line_is_a_call() -> None:
         (["--data", "x", "--epoch", "3"], "did you mean --epochs?"),
         ([], "add --data FOLDER"),
         (["--data", "x", "--epochs", "x"], "--epochs must be an integer"),
+        (["--replay", f"epoch={'9' * 5000},index=1"], "--replay needs a row"),
     ],
 )
 def test_mistakes_exit_with_2(

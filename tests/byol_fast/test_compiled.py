@@ -112,6 +112,22 @@ def test_what_cannot_be_compiled_runs_as_it_stands_and_says_so(
     assert all(loss > 0 for loss in train(model, networks))
 
 
+class Speechless(Small):
+    """A network that fails, and does not say why."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise NotImplementedError
+        return super().forward(x)
+
+
+def test_a_failure_without_a_message_is_one_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = make(Speechless)
+    with caplog.at_level(logging.WARNING), torch.compiler.set_stance("force_eager"):
+        assert prepare(model).online is model.online
+    assert "torch.compile failed (NotImplementedError: )" in caplog.text
+
+
 def test_a_compiled_backward_without_gradients_is_not_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -165,6 +165,18 @@ def test_what_it_cannot_take_is_refused(parameter, reason):
         LARS([nn.Parameter(parameter)], lr=0.1, impl="fused")
 
 
+def test_a_group_that_is_added_later():
+    first, second = (nn.Parameter(torch.ones(2, 2, device=DEVICE)) for _ in range(2))
+    optimizer = LARS([first], lr=0.1, impl="fused")
+    optimizer.add_param_group({"params": [second], "adapt": False})
+    second.grad = torch.ones_like(second)
+    optimizer.step()
+    torch.testing.assert_close(second.detach(), torch.full_like(second, 0.9))
+    with pytest.raises(ValueError, match="float32"):
+        optimizer.add_param_group({"params": [nn.Parameter(second.detach().double())]})
+    assert len(optimizer.param_groups) == 2
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_auto_is_foreach_on_a_cpu():
     assert LARS([nn.Parameter(torch.ones(2))], lr=0.1).impl == "foreach"

@@ -315,7 +315,7 @@ def test_other_torchvision_networks(name, size, features):
         backbone = build_backbone(name, image_size=size, views=2)
         assert feature_dim(backbone, size) == features
     dropouts = [n for n, m in backbone.named_modules() if isinstance(m, nn.Dropout)]
-    if name == "efficientnet_b0":
+    if name in ("efficientnet_b0", "inception_v3"):
         assert not dropouts  # the classifier's went with it
 
 
@@ -394,6 +394,7 @@ def test_hidden_layer_compiles_in_one_piece():
         (lambda: build_backbone(Net(), hidden_layer=4, image_size=8), "has 4 children"),
         (lambda: build_backbone(Net(), image_size=8), "gives dict, not a tensor"),
         (lambda: build_backbone(Net(), hidden_layer="pool", image_size=2), "cannot take 2×2"),
+        (lambda: build_backbone("vit_b_16", image_size=100), "cannot take 100×100.*indivisible"),
         (lambda: build_backbone(nn.LazyLinear(3), image_size=8), "lazy layers"),
     ],
 )

@@ -193,6 +193,35 @@ def test_convert_keeps_parameters_sharing_and_mode():
     assert isinstance(convert(one), ViewBatchNorm)
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm has it: the activation is part of the norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.PReLU(channels)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_an_activation_inside_the_norm_is_kept():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4))
+    x = torch.randn(6, 3, 8, 8)
+    wanted = torch.cat([net(view) for view in x.chunk(2)])
+    keys = list(net.state_dict())
+    net[1].reset_running_stats()
+    torch.testing.assert_close(convert(net)(x), wanted)
+    assert isinstance(net[1], ViewBatchNorm) and list(net.state_dict()) == keys
+    assert (wanted < 0).any()  # by the activation's slope
+    with pytest.raises(ValueError, match="Doubled is a BatchNorm with a forward of its own"):
+        convert(nn.Sequential(Doubled(3)))
+
+
 def test_compiles_in_one_piece():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), ViewBatchNorm(4), nn.ReLU(inplace=True))

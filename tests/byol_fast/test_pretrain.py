@@ -15,6 +15,7 @@ import pytest
 import torch
 from support import ROOT, TINY, assert_same, final, make_folder
 
+from byol_fast.pretrain import main
 from byol_fast.watching import metrics
 from pipelines.sources import dali_available, ffcv_available
 
@@ -317,6 +318,13 @@ def test_no_loadable_checkpoint_is_exit_3(folder: Path, pretrain, tmp_path: Path
     run = pretrain(args)
     assert run.returncode == 3
     assert "step-00000002.pt" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("option", [f"--seed={2**63 - 1}", f"--log-every={10**20}"])
+def test_the_largest_values_are_taken(option: str, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main([*TINY, "--data", str(folder), "--out", str(out), "--max-steps", "1", option]) == 0
+    assert json.loads((out / "status.json").read_text())["step"] == 1
 
 
 def test_dry_run_prints_the_arithmetic_and_trains_nothing(

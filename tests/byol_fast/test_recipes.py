@@ -43,7 +43,10 @@ def test_steps_of_the_paper(epochs: int, steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "row"),
-    [(1, 40), (63, 40), (64, 100), (150, 200), (400, 300), (547, 300), (548, 1000), (5000, 1000)],
+    [
+        *[(1, 40), (63, 40), (64, 100), (150, 200), (400, 300), (547, 300), (548, 1000)],
+        pytest.param(10**400, 1000, id="huge"),
+    ],
 )
 def test_other_epochs_use_the_row_nearest_in_ratio(epochs: int, row: int) -> None:
     assert nearest_row(RECIPES["imagenet"].rows, epochs) == row

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+from byol_fast.networks.backbone import build_backbone
 from byol_fast.networks.small_maps import TrimmedConv2d, taps, trim
 
 
@@ -81,6 +82,14 @@ def test_other_convolutions_are_left_alone(layer: nn.Conv2d):
     net = nn.Sequential(layer)
     trim(net)
     assert net[0] is layer
+
+
+def test_a_convolution_that_is_the_hidden_layer_is_still_seen():
+    backbone = build_backbone("resnet18", hidden_layer="layer1.0.conv2", image_size=32)
+    x = torch.randn(2, 3, 32, 32)
+    wanted = backbone(x)
+    trim(backbone)
+    torch.testing.assert_close(backbone(x), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_layer_used_twice_stays_one():

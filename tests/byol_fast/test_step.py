@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from byol_fast.compiled import as_they_stand
+from byol_fast.guard import Guard
 from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
@@ -129,6 +130,16 @@ def test_low_precision_stays_near_fp32_and_weights_stay_fp32(dtype: torch.dtype)
     assert float(torch.cosine_similarity(gradient, expected, dim=0)) > 0.9
 
 
+def test_the_gradients_norm_is_told_without_the_scale() -> None:
+    model, optimizer = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)  # grows in the step
+    low = step(model, optimizer, [views()], scaler=scaler, guard=Guard(model, window=1))
+    assert scaler.get_scale() == 2048
+    exact, other = make()
+    full = step(exact, other, [views()], guard=Guard(exact, window=1))
+    assert float(low.gradient_norm) == pytest.approx(float(full.gradient_norm), rel=1e-5)
+
+
 def test_an_overflow_under_fp16_skips_the_update() -> None:
     model, optimizer = make()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -141,13 +152,16 @@ def test_an_overflow_under_fp16_skips_the_update() -> None:
     assert scaler.get_scale() < 2.0**127
 
 
-def test_simsiam_has_no_ema_and_still_steps() -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_simsiam_has_no_ema_and_still_steps(dtype: torch.dtype | None) -> None:
+    """In low precision too, where autocast keeps the weights that the target has cast."""
     torch.manual_seed(0)
     model = BYOL(Small(), image_size=16, projector=(16, 8), predictor=(16, 8), momentum=False)
     optimizer = LARS(param_groups(model.online, 0.0), lr=0.5)
-    before = model.online.encoder.backbone.conv.weight.clone()
-    step(model, optimizer, [views()])
-    assert not torch.equal(model.online.encoder.backbone.conv.weight, before)
+    before = {name: p.clone() for name, p in model.online.named_parameters()}
+    step(model, optimizer, [views()], autocast_dtype=dtype)
+    for name, p in model.online.named_parameters():
+        assert not torch.equal(p, before[name]), name
 
 
 @pytest.mark.gpu

@@ -168,6 +168,12 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.pt"
 
 
+def has_hash(path: Path) -> bool:
+    """Whether `path` is a checkpoint with its hash beside it. Under other names a `.sha256` is
+    somebody else's, and may have another form."""
+    return bool(_NAME.fullmatch(path.name)) and _hash_path(path).is_file()
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file, in hex."""
     with open(path, "rb") as file:

@@ -45,7 +45,7 @@ def read_weights(path: Path | str) -> Weights:
         )
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
-    if path.with_name(path.name + ".sha256").is_file():
+    if checkpoint.has_hash(path):
         return _from_training(path, checkpoint.load(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -80,7 +80,7 @@ def read_source(path: Path | str) -> Source:
                 return _split(folder / f"step-{found['step']:08d}.pt", found["model"], found)
         weights = export.read_weights(path)
         return Source(weights.file, {BACKBONE: weights.tensors}, weights.meta)
-    if path.with_name(path.name + ".sha256").is_file():
+    if checkpoint.has_hash(path):
         found = checkpoint.load(path)
         return _split(path, found["model"], found)
     content = files.read(path)

@@ -162,6 +162,14 @@ def test_training_checkpoints_load_directly(tmp_path, options):
     assert weights.file == path and weights.meta["steps"] == 12
 
 
+def test_a_hash_that_somebody_else_put_beside_the_weights_is_not_ours(tmp_path, model):
+    path = tmp_path / "weights.pth"
+    torch.save(model.online.encoder.backbone.state_dict(), path)
+    path.with_name("weights.pth.sha256").write_text(f"{checkpoint.file_hash(path)}  weights.pth\n")
+    net = load_backbone(path, backbone="resnet18", stem="cifar", image_size=SIZE)
+    assert torch.equal(features_of(net), features_of(model.online.encoder.backbone))
+
+
 def test_the_export_is_preferred_to_a_checkpoint(tmp_path, model):
     checkpoint.save(tmp_path / "checkpoints", 1, {"model": model.state_dict(), "hyper": {}})
     paths = exported(model, tmp_path / "exports")

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             measured = "{1:.3f} ({0:.3f}-{2:.3f})".format(*row["gain"])
         else:
             measured = f"left out: {row['left_out'][:60]}"
-        print(f"{name:34}{measured:26} predicted {row['predicted']}", flush=True)
+        print(f"{name:43}{measured:26} predicted {row['predicted']}", flush=True)
         write(options.json, as_json({**result, "gains": gains}))
 
     steps, warm_up = options.steps or (40 if big else 2), 20 if big else 1

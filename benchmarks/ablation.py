@@ -135,7 +135,7 @@ def _gain(pair: list[StepBench], change: Change, steps: int, warm_up: int) -> di
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = commands.step_parser(__doc__)
+    parser = commands.step_parser(__doc__, engine=False)  # each change has its own
     names = [change.name for change in CHANGES]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args(argv)
@@ -144,10 +144,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: 0, or 2 for wrong usage."""
+    """The command: 0, 1 if nothing could be measured, 2 for wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
     options = arguments(argv)
-    world = distributed.start(options.device)
+    try:
+        world = distributed.start(options.device)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     big = world.device.type == "cuda"
     if not big:
         options.batch_size = options.batch_size or 8
@@ -158,18 +162,20 @@ def main(argv: list[str] | None = None) -> int:
     }
 
     def each(gains: dict[str, Any]) -> None:  # a run may be ended from outside
+        if not world.is_main:
+            return
         name, row = list(gains.items())[-1]
         if "gain" in row:
             measured = "{1:.3f} ({0:.3f}-{2:.3f})".format(*row["gain"])
         else:
             measured = f"left out: {row['left_out'][:60]}"
-        print(f"{name:34}{measured:26} predicted {row['predicted']}", flush=True)
+        print(f"{name:43}{measured:26} predicted {row['predicted']}", flush=True)
         write(options.json, as_json({**result, "gains": gains}))
 
     steps, warm_up = options.steps or (40 if big else 2), 20 if big else 1
-    measure(settings, world, steps=steps, warm_up=warm_up, only=options.only, each=each)
+    gains = measure(settings, world, steps=steps, warm_up=warm_up, only=options.only, each=each)
     distributed.stop()
-    return 0
+    return 0 if any("gain" in row for row in gains.values()) else 1
 
 
 if __name__ == "__main__":

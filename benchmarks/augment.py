@@ -197,6 +197,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="where the result is written")
     options = parser.parse_args(argv)
+    for name in ("batch_size", "image_size", "rounds"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1")
     available = torch.cuda.is_available()
     if options.device == "auto":
         options.device = "cuda" if available else "cpu"

@@ -10,7 +10,7 @@ import torch
 from benchmarks.stepping import StepSettings
 
 
-def step_parser(doc: str | None) -> argparse.ArgumentParser:
+def step_parser(doc: str | None, *, engine: bool = True) -> argparse.ArgumentParser:
     """A parser with the flags of a step; what is not given depends on the device."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -18,7 +18,10 @@ def step_parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, help="pixels (224; without a GPU 32)")
     parser.add_argument("--batch-size", type=int, help="images per GPU (256; without a GPU 16)")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--engine", choices=["eager", "compile", "graph"])
+    if engine:
+        parser.add_argument("--engine", choices=["eager", "compile", "graph"])
+    else:
+        parser.set_defaults(engine=None)
     parser.add_argument("--steps", type=int, help="measured steps")
     parser.add_argument("--json", type=Path, help="where the result is written")
     return parser

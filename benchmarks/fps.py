@@ -17,6 +17,7 @@ small, to show that it runs; such figures say nothing about a GPU.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from benchmarks.conditions import as_json, conditions, write
 from benchmarks.stepping import FORWARDS_OF_AN_IMAGE, StepSettings
 from byol_fast import distributed
 from byol_fast.distributed import World
-from pipelines.errors import DataError
+from pipelines.errors import DataError, MissingBackend
 
 MODES = ("step", "loader", "e2e", "linear-eval", "optim", "peers")
 TARGET = 5408 / 8  # mmpretrain's linear evaluation of BYOL ResNet-50: 5408 images/s on 8 BI-V100
@@ -52,11 +53,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     options.argv = argv
     if "all" in options.mode:
         options.mode = list(MODES)
-    if options.target_fps <= 0:
+    if not 0 < options.target_fps < math.inf:
         parser.error("--target-fps is above 0")
     commands.check(parser, options)
     if min(options.nodes, 1 if options.project is None else options.project) < 1:
         parser.error("--project and --nodes are at least 1")
+    if options.nodes > 1 and options.project is None:
+        parser.error("--nodes is of --project GPUS, which is not given")
     return options
 
 
@@ -274,6 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
+    except (ValueError, MissingBackend) as error:  # a network, size, engine or backend
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         distributed.stop()
     if world.is_main:

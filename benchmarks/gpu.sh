@@ -7,15 +7,20 @@
 # out of time does not stop the others. Exit status 1 if a part failed. PYTHON=… names the
 # interpreter, DATA=… a folder of images, BUDGET=… the seconds for everything; with DRY=1 the
 # commands are printed, not run.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as `sh …`
 set -uo pipefail
-if (($# != 1)); then
+if (($# != 1)) || [[ $1 == -* ]]; then
     sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 mkdir -p "$1" || exit 2
-OUT=$(cd "$1" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+unset CDPATH # with it `cd` prints where it went
+OUT=$(cd "$1" && pwd) || exit 2
 PY=${PYTHON:-python}
+# The parts run in the checkout; relative paths were meant from where this was called.
+[[ $PY != */* || $PY == /* ]] || PY=$PWD/$PY
+[[ -z ${DATA:-} || $DATA == /* ]] || DATA=$PWD/$DATA
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 BUDGET=${BUDGET:-530}
 data=()
 [[ -n ${DATA:-} ]] && data=(--data "$DATA")

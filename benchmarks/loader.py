@@ -67,8 +67,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--chart", type=Path, help="where a picture of it is written, as .svg")
     options = parser.parse_args(argv)
     options.argv = argv
-    if min(*options.threads, options.batch_size) < 1 or options.images < options.batch_size:
-        parser.error("--threads and --batch-size are at least 1, --images at least a batch")
+    sizes = (*options.threads, options.batch_size, options.image_size)
+    if min(sizes) < 1 or options.images < options.batch_size:
+        parser.error("--threads and sizes are at least 1, --images at least a batch")
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch sees no GPU here")
     if options.decode is None:

@@ -98,8 +98,8 @@ class Turns:
                 t.model,
                 t.networks,
                 t.optimizer,
-                [self.views.x],
-                accumulate=1,
+                [self.views.x] * t.pipeline.stream.accumulate,
+                accumulate=t.pipeline.stream.accumulate,
                 decay=0.99,
                 autocast_dtype=AUTOCAST.get(t.plan.precision),
                 guard=guard,
@@ -174,19 +174,29 @@ def _three(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
     return [float(f"{value:.4f}") for value in np.quantile(values, [0.5, 0, 1])]
 
 
-def main() -> None:
-    """Measure as the command line says, and print a line of JSON."""
+def main(argv: list[str] | None = None) -> None:
+    """Measure as the command line says, and print the result as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=10, help="of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("settings", nargs="*", help="of pretraining, after --")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    if given.steps < 2 or given.rounds < 1:
+        parser.error("--steps is at least 2, --rounds at least 1")
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as out, contextlib.ExitStack() as stack:
         words = ["--data", "synthetic:4096", "--tracker", "none", *given.settings]
-        config = configuration.parse([*words, "--out", str(Path(out) / "run")])
-        data = open_data(config, world, StopSignal())
-        resolved = recipes.resolve(config, samples=data.parts.images, world_size=1)
+        try:
+            config = configuration.parse([*words, "--out", str(Path(out) / "run")])
+            data = open_data(config, world, StopSignal())
+            resolved = recipes.resolve(config, samples=data.parts.images, world_size=1)
+        except ValueError as error:
+            parser.error(str(error))
+        log_every = resolved.config.monitor.log_every
+        if given.steps < log_every:  # a turn without a line would say that the log costs nothing
+            parser.error(
+                f"--steps {given.steps}: a turn has at least --log-every {log_every} steps"
+            )
         trainer, _ = assemble(resolved, data, world, stack)
         trainer.plan = dataclasses.replace(trainer.plan, total_steps=NEVER, eval_every=0)
         trainer.saving.every_minutes = math.inf

@@ -188,6 +188,7 @@ def main() -> None:
     results = measure(args.rows, args.repeats)
     if args.json:
         machine = {"python": platform.python_version(), "machine": platform.platform()}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**machine, "results": results}, indent=2) + "\n")
 
 

@@ -241,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     add_flags(parser)
     options = parser.parse_args(argv)
     given = Assumptions(**{f.name: getattr(options, f.name) for f in fields(Assumptions)})
-    positive = (options.gpus, options.nodes, options.batch_size, options.step_ms or 1)
+    step_ms = 1.0 if options.step_ms is None else options.step_ms
+    positive = (options.gpus, options.nodes, options.batch_size, options.image_size, step_ms)
     if min(*positive, *(v for k, v in asdict(given).items() if k != "contention")) <= 0:
         parser.error("GPUs, nodes, sizes, times and rates are above 0")
     settings = StepSettings(options.backbone, options.image_size, options.batch_size)

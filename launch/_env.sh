@@ -7,9 +7,12 @@
 #   3. .venv, made with the first of python3, python3.12, python3.11, python3.13 that will do.
 # Running it again costs under a second: a stamp in .venv names what was installed.
 
+unset CDPATH # with it `cd` prints where it went
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LOCK=$ROOT/requirements.lock
 VENV=$ROOT/.venv
+# The scripts work in the checkout; a relative path was meant from where they were called.
+[[ ${PYTHON:-} != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
 
 say() { printf '== %s\n' "$*"; }
 die() {

@@ -2,6 +2,7 @@
 # Install FFCV into $PYTHON's environment, or that of launch/_env.sh: its system libraries through
 # apt-get where this may be done (root, or sudo without a password), then the package, compiled here.
 # Otherwise say what is lacking and how to get it. Exit status 3: FFCV is not installed.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as `sh …`
 set -euo pipefail
 # shellcheck source=launch/_env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
@@ -29,7 +30,11 @@ PY
 }
 
 PY=${PYTHON:-}
-[[ -n $PY ]] || prepare_environment "" 6
+if [[ -n $PY ]]; then
+    PY=$(command -v "$PY") || die "PYTHON=$PYTHON is not a command"
+else
+    prepare_environment "" 6
+fi
 if loads; then
     say "FFCV $("$PY" -c 'from importlib.metadata import version; print(version("ffcv"))') is installed"
     exit 0

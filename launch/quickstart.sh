@@ -7,9 +7,11 @@
 #
 # Run again, it resumes an interrupted run and only reports a finished one; --fresh starts over.
 # The environment: see launch/_env.sh (PYTHON=… names another interpreter or environment).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as `sh …`
 set -euo pipefail
 # shellcheck source=launch/_env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+called_from=$PWD
 cd "$ROOT"
 
 out=runs/quickstart
@@ -37,6 +39,8 @@ while (($#)); do
     esac
     shift
 done
+
+[[ $called_from == "$PWD" || $out == /* || $out == runs/quickstart ]] || out=$called_from/$out
 
 prepare_environment quickstart 6
 

@@ -4,6 +4,7 @@
 # The environment: see launch/_env.sh (PYTHON=… names another interpreter or environment). DALI is
 # installed on x86-64 Linux; FFCV where its system libraries are present or may be installed. A test
 # that cannot run here is skipped by name with its reason, and the last line counts the skipped.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as `sh …`
 set -euo pipefail
 # shellcheck source=launch/_env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/_env.sh"

@@ -8,8 +8,12 @@
 # (MASTER_PORT: 29500). LOCAL_ADDR is this machine's own address, where the others cannot resolve its
 # name. NNODES=2:4 runs on as many of four machines as there are, but not on fewer than two.
 # MAX_RESTARTS=3 lets torchrun start all ranks again, from the newest checkpoint, when one dies.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called as `sh …`
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH # with it `cd` prints where it went
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Not a `cd`: --data, --out and PYTHON may be relative to where this is called.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 die() {
     printf 'error: %s\n' "$*" >&2
@@ -20,11 +24,13 @@ if [[ -n ${PYTHON:-} ]]; then
     python=$PYTHON
 elif [[ -n ${VIRTUAL_ENV:-${CONDA_PREFIX:-}} ]]; then
     python=python
-elif [[ -x .venv/bin/python ]]; then
-    python=.venv/bin/python
+elif [[ -x $root/.venv/bin/python ]]; then
+    python=$root/.venv/bin/python
 else
     python=python3
 fi
+
+command -v "$python" >/dev/null || die "PYTHON=$python is not a command"
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}

@@ -90,7 +90,13 @@ class StopGradient(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self._encoder[0](x))
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return cast(Tensor, self._encoder[0](x))
+        # Weights cast here must not be kept: without a gradient, torch 2.10 gives the same ones to
+        # the online pass, whose weights then get none (pytorch issue 65766).
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
+            return cast(Tensor, self._encoder[0](x))
 
 
 class BYOL(nn.Module):

@@ -58,7 +58,7 @@ def photographs() -> dict[str, Squares]:
     if package is None or package.origin is None:
         raise DataError(
             "the quickstart's photographs ship inside scikit-image, which is not installed: "
-            "pip install byol-fast[quickstart]"
+            "pip install '.[quickstart]' in the checkout"
         )
     folder = Path(package.origin).parent / "data"
     try:

@@ -219,8 +219,8 @@ def choose_backend(backend: str, store: Store, device: torch.device) -> str:
         if dali_available():
             return "dali"
         log.warning(
-            "DALI is not installed, so images are decoded on the CPU; pip install byol-fast[dali] "
-            "is usually faster on a GPU"
+            "DALI is not installed, so images are decoded on the CPU; it is usually faster on a "
+            "GPU (pip install '.[dali]' in the checkout)"
         )
     from pipelines.stores.beton import BetonStore
 

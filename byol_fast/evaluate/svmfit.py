@@ -26,7 +26,9 @@ def classifier(cost: float) -> Any:
     try:
         from sklearn.svm import LinearSVC
     except ImportError as error:
-        raise MissingBackend("SVMs need scikit-learn: pip install byol-fast[evaluate]") from error
+        raise MissingBackend(
+            "SVMs need scikit-learn: pip install '.[evaluate]' in the checkout"
+        ) from error
     return LinearSVC(
         C=cost,
         class_weight={1: 2, -1: 1},

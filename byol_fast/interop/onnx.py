@@ -37,7 +37,9 @@ def write(net: nn.Module, path: Path, meta: Mapping[str, Any]) -> Path:
         import onnx
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
-        raise ImportError("ONNX needs packages of its own: pip install byol-fast[onnx]") from error
+        raise ImportError(
+            "ONNX needs packages of its own: pip install '.[onnx]' in the checkout"
+        ) from error
     size = int(meta.get("image_size", 224))
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

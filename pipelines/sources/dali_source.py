@@ -38,7 +38,7 @@ try:
     from pipelines.sources.dali_graph import DaliGraph, as_pnm
 except (ImportError, OSError) as error:
     raise MissingBackend(
-        f"the dali backend needs NVIDIA DALI ({error}): pip install byol-fast[dali]"
+        f"the dali backend needs NVIDIA DALI ({error}): pip install '.[dali]' in the checkout"
     ) from error
 
 log = logging.getLogger(__name__)

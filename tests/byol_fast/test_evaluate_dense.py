@@ -181,7 +181,7 @@ def test_coco_without_pycocotools_names_the_command(weights, tmp_path, capsys, m
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
     code = run("detect", "coco", weights, tmp_path, tmp_path / "r.json")
     assert code == Exit.USAGE
-    assert "pip install byol-fast[evaluate]" in capsys.readouterr().err
+    assert "pip install '.[evaluate]' in the checkout" in capsys.readouterr().err
 
 
 def test_torchrun_is_refused(weights, tmp_path, capsys, monkeypatch):

@@ -129,7 +129,7 @@ def test_missing_photographs_name_the_command(
 ) -> None:
     monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None)
     assert quickstart.main([str(tmp_path / "squares")]) == 4
-    assert "pip install byol-fast[quickstart]" in capsys.readouterr().err
+    assert "pip install '.[quickstart]' in the checkout" in capsys.readouterr().err
 
 
 FIGURES = {

@@ -29,7 +29,7 @@ def need_pycocotools() -> None:
         import pycocotools.mask  # noqa: F401
     except ImportError as error:
         raise MissingBackend(
-            "COCO's masks and metric need pycocotools: pip install byol-fast[evaluate]"
+            "COCO's masks and metric need pycocotools: pip install '.[evaluate]' in the checkout"
         ) from error
 
 

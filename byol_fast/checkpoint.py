@@ -72,11 +72,23 @@ def save(
             f"checkpoint of step {step} was NOT saved to {path}: {error}. "
             f"Free some space (or fix the folder's permissions) and repeat the command"
         ) from error
-    found = {_step(old): old for old in _found(folder)}
-    for old in surplus(found, keep, keep_every):
-        found[old].unlink(missing_ok=True)
-        _hash_path(found[old]).unlink(missing_ok=True)
+    _tidy(folder, step, keep, keep_every)
     return path
+
+
+def _tidy(folder: Path, newest: int, keep: int, keep_every: int | Fraction | None) -> None:
+    """Remove what need not stay beside the checkpoint of step `newest`.
+
+    Files of later steps are damaged ones that were passed over: counted among the newest they would
+    crowd out the very checkpoint that was just written.
+    """
+    found = {step: path for path in _found(folder) if (step := _step(path)) <= newest}
+    for step in surplus(found, keep, keep_every):
+        try:
+            found[step].unlink(missing_ok=True)
+            _hash_path(found[step]).unlink(missing_ok=True)
+        except OSError as error:  # the new one is on the disk all the same
+            log.warning("%s could not be removed: %s", found[step], error)
 
 
 def prepare(folder: Path) -> None:

@@ -129,12 +129,15 @@ def load(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: hash missing or different, file truncated, foreign, or not plain data.
     """
     hash_path = _hash_path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such checkpoint")
-    if not hash_path.is_file():
-        raise CheckpointError(f"{path}: its hash file {hash_path.name} is missing")
-    if file_hash(path).encode() != hash_path.read_bytes().strip():  # it may be damaged itself
-        raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: there is no such checkpoint")
+        if not hash_path.is_file():
+            raise CheckpointError(f"{path}: its hash file {hash_path.name} is missing")
+        if file_hash(path).encode() != hash_path.read_bytes().strip():  # it may be damaged itself
+            raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
+    except OSError as error:  # no rights, or a disk that fails
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:

@@ -248,6 +248,19 @@ def test_f4_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(runs, tmp_
     assert_same_run(whole, out)
 
 
+def test_f4_one_that_cannot_be_read_is_named_and_the_one_before_is_taken(runs, tmp_path: Path):
+    out = tmp_path / "run"
+    assert runs(out, *SMALL, "--checkpoint.every", 1, "--max-steps", 3).wait() == 0
+    before, newest = sorted((out / "checkpoints").glob("*.pt"))
+    newest.chmod(0)
+    for ranks in (1, 2):
+        run = runs(out, *SMALL, "--max-steps", 2, ranks=ranks, fault=AS_ANYBODY)
+        assert run.wait() == 0, run.said
+        assert f"{newest}: cannot be read: Permission denied" in run.said
+        assert f"resumed at step {int(before.stem[5:])} of 24" in run.said
+        assert "Traceback" not in run.said
+
+
 def test_f4_none_is_left(runs, tmp_path: Path):
     out = tmp_path / "run"
     assert runs(out, *SMALL, "--checkpoint.every", 1, "--max-steps", 3).wait() == 0

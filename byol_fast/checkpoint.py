@@ -156,7 +156,10 @@ def latest(folder: Path, *, map_location: Any = "cpu") -> dict[str, Any] | None:
     reasons = []
     for path in _found(folder):
         try:
-            return load(path, map_location=map_location)
+            state = load(path, map_location=map_location)
+            if state.get("step") != _step(path):
+                raise CheckpointError(f"{path}: holds step {state.get('step')}: it was renamed")
+            return state
         except CheckpointError as error:
             log.warning("skipped %s", error)
             reasons.append(str(error))

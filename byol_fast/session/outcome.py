@@ -20,7 +20,9 @@ def finish(trainer: Trainer, folder: RunFolder) -> None:
         folder.path / "exports" / "backbone",
         {**model.hyper, "mean": spec.mean, "std": spec.std, "steps": trainer.step},
     )
-    if trainer.session_seconds:  # else the run was complete before, and so is its summary
+    images = trainer.step * trainer.plan.global_batch
+    # Not of a run that was summed up before; one that was killed just before it was is.
+    if trainer.session_seconds or folder.summary().get("images") != images:
         _summarise(trainer, folder, [str(path) for path in exports])
         trainer.runlog.event(trainer.step, "end", "training is complete")
     trainer.runlog.close()

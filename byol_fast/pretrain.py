@@ -117,9 +117,9 @@ def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failur
             notes.last_words = partial(_close, trainer, folder, "failed")
         try:
             if trainer.run(signal):
-                outcome = "done"
                 if world.is_main:
                     finish(trainer, folder)
+                outcome = "done"
             else:
                 outcome, reason = "preempted", f"asked to stop after step {trainer.step}"
                 log.info("%s: repeat the command without --run.max-steps to go on", reason)

@@ -195,8 +195,13 @@ def file_hash(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step, so that a reader sees the old one or the new one."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    _write(temporary, text)
-    os.replace(temporary, path)
+    try:
+        _write(temporary, text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _found(folder: Path) -> Iterator[Path]:

@@ -112,7 +112,7 @@ class Trainer:
             keep=plan.keep_checkpoints,
             keep_every=plan.keep_every,
             before=runlog.sync,  # the log reaches as far as the checkpoint does
-            after=lambda step: folder.status("running", step=step, total_steps=plan.total_steps),
+            after=lambda step: folder.running(step=step, total_steps=plan.total_steps),
         )
         self.saving = Saving(
             world,

@@ -7,6 +7,7 @@ device anyway.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from byol_fast.errors import Diverged
 from byol_fast.guard import Guard
 from byol_fast.monitor import RunLog
 from pipelines.pipeline import ViewPipeline
+
+log = logging.getLogger(__name__)
 
 FILE = "diverged-step.json"
 LIMIT = 20  # skipped steps in succession: what follows them would be skipped too
@@ -109,7 +112,10 @@ class NonFinite:
             "replay": f"python -m byol_fast.pretrain --config {self._folder / 'config.yaml'} "
             f"--replay epoch={first['epoch']},index={first['index']}",
         }
-        checkpoint.write_text(self._folder / FILE, json.dumps(content) + "\n")
+        try:
+            checkpoint.write_text(self._folder / FILE, json.dumps(content) + "\n")
+        except OSError as error:  # the step was skipped all the same
+            log.warning("%s was not written: %s", self._folder / FILE, error)
 
     def _rows(self, step: int) -> list[dict[str, Any]]:
         """This rank's rows of a step: where each stands, and its name, which the rank alone may

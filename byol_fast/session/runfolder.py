@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from byol_fast.checkpoint import write_text
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -66,15 +69,28 @@ class RunFolder:
         content = {"state": state, "step": step, "total_steps": total_steps, "reason": reason}
         write_text(self.path / "status.json", json.dumps(content, indent=1) + "\n")
 
+    def running(self, *, step: int, total_steps: int) -> None:
+        """`status` of a run that goes on, which it also does where this cannot be written."""
+        try:
+            self.status("running", step=step, total_steps=total_steps)
+        except OSError as error:
+            log.warning("%s could not be written: %s", self.path / "status.json", error)
+
     def read_status(self) -> dict[str, Any]:
         """`status.json` as it stands; empty if there is none."""
         path = self.path / "status.json"
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json` as it stands; empty before the first result."""
+        """`summary.json` as it stands; empty before the first result, and if it is damaged."""
         path = self.path / "summary.json"
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            log.warning("%s is damaged (%s): begun again", path, error)
+            return {}
 
     def add_to_summary(self, **values: Any) -> None:
         """Enter results in `summary.json`, keeping the others."""

@@ -65,3 +65,11 @@ def test_a_read_only_folder_is_named_with_a_mend(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="cannot be written"), RunFolder(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"knn_trained": 0.'])
+def test_a_damaged_summary_ends_no_run(tmp_path: Path, content: str) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    folder = RunFolder(tmp_path)
+    folder.add_to_summary(knn_trained=0.5)
+    assert folder.summary() == {"knn_trained": 0.5}

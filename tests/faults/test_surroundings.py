@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from faults.harness import SMALL
+from support import final
 
 NO_ROOM_AT_THE_END = """
 import errno
@@ -31,3 +33,63 @@ def test_f2_no_room_for_the_results(runs, tmp_path: Path, place: str):
     again = runs(out, *SMALL)
     assert again.wait() == 0 and again.status["state"] == "done"
     assert (out / "exports" / "backbone.safetensors").exists() and (out / "report.html").exists()
+
+
+# Whatever is written beside checkpoints and log finds no room once training has begun.
+NO_ROOM_BESIDE = """
+import errno
+import numpy as np
+from byol_fast import checkpoint
+from byol_fast.session import divergence, runfolder
+def full(*args, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+armed = False
+real_running = runfolder.RunFolder.running
+def running(self, **options):
+    runfolder.write_text = full
+    real_running(self, **options)
+runfolder.RunFolder.running = running
+np.savez = full
+"""
+
+
+def test_f2_no_room_for_what_training_can_do_without(runs, tmp_path: Path):
+    """Pictures and status are told of and left out; only a checkpoint's failure ends a run."""
+    out = tmp_path / "run"
+    words = (*SMALL, "--checkpoint.every", 4, "--eval-every", 1, "--max-steps", 20)
+    run = runs(out, *words, fault=NO_ROOM_BESIDE)
+    assert run.wait() == 0, run.said
+    for name in ("status.json", "views.npz", "embedding.npz"):
+        assert f"{out / name} " in run.said, name
+    assert "not evaluated" in run.said  # summary.json
+    assert "Traceback" not in run.said and final(out)["step"] == 20
+    again = runs(out, *SMALL)
+    assert again.wait() == 0 and again.status["state"] == "done", again.said
+    assert "knn_trained" in (out / "summary.json").read_text()
+
+
+EVALUATION_FAILS = """
+from byol_fast.watching import online_eval
+real = online_eval.OnlineEvaluation.measure
+def measure(self, backbone, probe=None):
+    if probe is not None:
+        raise {error}
+    return real(self, backbone, probe)
+online_eval.OnlineEvaluation.measure = measure
+"""
+
+
+@pytest.mark.parametrize(
+    "error",
+    ["OSError(116, 'Stale file handle')", "ValueError('the backbone gave NaN')"],
+)
+def test_an_evaluation_that_fails_is_no_reason_not_to_train(runs, tmp_path: Path, error: str):
+    out = tmp_path / "run"
+    fault = EVALUATION_FAILS.format(error=error)
+    run = runs(out, *SMALL, "--eval-every", 1, fault=fault)
+    assert run.wait() == 0, run.said
+    assert run.said.count("the network was not evaluated") >= 3 and "Traceback" not in run.said
+    assert final(out)["step"] == 24 and final(out)["evaluation_owed"]
+    again = runs(out, *SMALL, "--eval-every", 1)  # it is made up for
+    assert again.wait() == 0, again.said
+    assert "knn_trained" in json.loads((out / "summary.json").read_text())

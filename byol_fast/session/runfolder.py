@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
+import platform
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -37,7 +39,7 @@ class RunFolder:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self._lock.close()
@@ -45,9 +47,16 @@ class RunFolder:
                 f"the run folder {self.path} is in use by {owner}: "
                 f"wait for it, stop it, or choose another folder with --out"
             ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()}")
-        self._lock.flush()
+        except OSError as error:  # Lustre without -o flock, NFS without its lock service
+            log.warning(
+                "the file system of %s has no locks (%s): see to it that no other run uses it",
+                self.path,
+                error,
+            )
+        with contextlib.suppress(OSError):  # a full disk: what is written next will tell
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {platform.node()}")
+            self._lock.flush()
         return self
 
     def __exit__(
@@ -57,7 +66,8 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if self._lock is not None:
-            self._lock.close()  # gives the lock back; so does the end of the process
+            with contextlib.suppress(OSError):  # what a full disk has left unwritten
+                self._lock.close()  # gives the lock back; so does the end of the process
 
     @property
     def checkpoints(self) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -34,6 +36,18 @@ def test_a_second_run_in_the_same_folder_is_refused_and_told_who_holds_it(tmp_pa
     holder.communicate()
     with RunFolder(tmp_path) as folder:  # free again once the holder has ended
         assert folder.path == tmp_path
+
+
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with RunFolder(tmp_path / "run") as folder:
+        folder.status("running", step=0, total_steps=1)
+    assert "has no locks" in caplog.text and str(tmp_path / "run") in caplog.text
 
 
 def test_status_and_summary(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults.harness import SMALL
+from faults.test_checkpoints import AS_ANYBODY
 from support import final
 
 NO_ROOM_AT_THE_END = """
@@ -93,3 +94,34 @@ def test_an_evaluation_that_fails_is_no_reason_not_to_train(runs, tmp_path: Path
     again = runs(out, *SMALL, "--eval-every", 1)  # it is made up for
     assert again.wait() == 0, again.said
     assert "knn_trained" in json.loads((out / "summary.json").read_text())
+
+
+FULL_AT_THE_START = """
+import errno
+from byol_fast import assemble
+def full(*args, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+assemble.checkpoint.write_text = full
+"""
+
+
+def test_f2_no_room_at_the_start(runs, tmp_path: Path):
+    run = runs(tmp_path / "run", *SMALL, fault=FULL_AT_THE_START)
+    assert run.wait() == 2, run.said
+    assert f"the run folder {tmp_path / 'run'} cannot be written" in run.said
+    assert "No space left" in run.said and "Traceback" not in run.said
+
+
+@pytest.mark.parametrize("where", ["locked", "long", "a file"])
+def test_f3_an_out_that_cannot_be_a_folder(runs, tmp_path: Path, where: str):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0)
+    (tmp_path / "file").touch()
+    out = {"locked": locked / "run", "long": tmp_path / ("n" * 300), "a file": tmp_path / "file"}
+    words = ("--out", out[where])  # the last one wins
+    run = runs(tmp_path / "run", *SMALL, *words, fault=AS_ANYBODY)
+    assert run.wait() == 2, run.said
+    assert f"the run folder {out[where]} cannot be written" in run.said and "--out" in run.said
+    assert "Traceback" not in run.said
+    locked.chmod(0o755)

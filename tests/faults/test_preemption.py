@@ -1,4 +1,4 @@
-"""F10: SIGTERM, SIGINT and SIGUSR1, once and again, at any time, on one rank or on two."""
+"""F10: SIGTERM, SIGINT, SIGUSR1 and SIGHUP, once and again, at any time, on one rank or on two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_step(*args, **options):
     return real(*args, **options)
 trainer.train_step = train_step
 """
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,8 @@ class Trainer:
     def _one_step(self, views: Iterator[Views]) -> StepOutput:
         plan, taken = self.plan, list[Views]()
         # A seed per step instead of a generator's state: dropout resumes with nothing to save.
-        torch.manual_seed((plan.seed * 1_000_003 + self.step) * 8191 + self.world.rank)
+        seed = (plan.seed * 1_000_003 + self.step) * 8191 + self.world.rank
+        torch.manual_seed(seed % 2**64)  # which is all that torch takes
         self.lr = learning_rate(
             self.step,
             peak=plan.peak_lr,

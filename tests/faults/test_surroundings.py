@@ -36,6 +36,12 @@ def test_f2_no_room_for_the_results(runs, tmp_path: Path, place: str):
     assert (out / "exports" / "backbone.safetensors").exists() and (out / "report.html").exists()
 
 
+@pytest.mark.parametrize("seed", [2**32 - 1, 2**63 - 1])
+def test_any_seed_that_is_allowed_trains(runs, tmp_path: Path, seed: int):
+    run = runs(tmp_path / "run", *SMALL, "--seed", seed, "--max-steps", 2)
+    assert run.wait() == 0, run.said
+
+
 # Whatever is written beside checkpoints and log finds no room once training has begun.
 NO_ROOM_BESIDE = """
 import errno

@@ -138,7 +138,12 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue after the step at which `state()` was taken."""
         self.model.load_state_dict(state["model"])
+        # Momentum is the checkpoint's; weight decay and the like are this session's, where a change
+        # of them was allowed.
+        given = [{**group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(own, lr=group["lr"])
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.probe and state["probe"]:

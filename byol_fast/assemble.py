@@ -133,6 +133,7 @@ def _open_folder(
 
 def _prepare(folder: RunFolder) -> None:
     try:
+        folder.sweep()
         checkpoint.prepare(folder.checkpoints)
     except OSError as error:
         raise ValueError(

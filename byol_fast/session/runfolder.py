@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -15,6 +16,8 @@ from typing import IO, Any
 from byol_fast.checkpoint import write_text
 
 log = logging.getLogger(__name__)
+
+_LEFT = re.compile(r".+\.(jsonl?|yaml|html|safetensors|pth)\.tmp\d+")
 
 
 class RunFolder:
@@ -73,6 +76,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.path / "checkpoints"
+
+    def sweep(self) -> None:
+        """Remove the temporary files that a killed session left beside their targets."""
+        for path in (*self.path.iterdir(), *self.path.glob("exports/*")):
+            if _LEFT.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def status(self, state: str, *, step: int, total_steps: int, reason: str = "") -> None:
         """Write `status.json`: running, done, preempted or failed, and why."""

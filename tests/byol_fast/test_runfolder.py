@@ -65,6 +65,17 @@ def test_status_and_summary(tmp_path: Path) -> None:
         assert not list(folder.path.glob("*.tmp*"))
 
 
+def test_what_a_killed_session_left_is_swept(tmp_path: Path) -> None:
+    left = ("status.json.tmp7", "metrics.jsonl.tmp12", "exports/backbone.safetensors.tmp3")
+    kept = ("status.json", "notes.tmp", "my.json.tmp", "exports/backbone.pth")
+    (tmp_path / "exports").mkdir()
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).sweep()
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == set(kept)
+
+
 def test_a_folder_that_cannot_be_made_is_named_with_a_mend(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with (

@@ -131,3 +131,10 @@ def test_f3_an_out_that_cannot_be_a_folder(runs, tmp_path: Path, where: str):
     assert f"the run folder {out[where]} cannot be written" in run.said and "--out" in run.said
     assert "Traceback" not in run.said
     locked.chmod(0o755)
+
+
+def test_wandb_asked_for_and_missing_is_told_in_a_line(runs, tmp_path: Path):
+    fault = "import sys; sys.modules['wandb'] = None"
+    run = runs(tmp_path / "run", *SMALL, "--tracker", "wandb", fault=fault)
+    assert run.wait() == 2, run.said
+    assert "pip install byol-fast[wandb]" in run.said and "Traceback" not in run.said

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,13 @@ class NonFinite:
             )
         self._described = self._described[-KEPT_STEPS:]
         first = self._described[-1]["rows"][0]
+        config = shlex.quote(str(self._folder / "config.yaml"))
         content = {
             "seed": seed,
             "image_size": stream.spec.image_size,
             "skipped_steps": self.total,
             "steps": self._described,
-            "replay": f"python -m byol_fast.pretrain --config {self._folder / 'config.yaml'} "
+            "replay": f"python -m byol_fast.pretrain --config {config} "
             f"--replay epoch={first['epoch']},index={first['index']}",
         }
         try:

@@ -170,7 +170,7 @@ class Trainer:
         stop = min(self.plan.total_steps, self.plan.stop_after)
         if self.step == 0:
             self.measuring.baselines(signal, self.clock)
-        elif self.measuring.owed:
+        elif self.measuring.owes(self.step):
             self.measuring.measure(self.step, signal, self.clock)
         self._leave_if_asked(signal)
         views = self.pipeline.steps(self.step, stop)

@@ -58,6 +58,12 @@ class Measuring:
                 )
                 self._runlog.log(0, {"epoch": 0.0, "knn_accuracy": untrained})
 
+    def owes(self, step: int) -> bool:
+        """Whether the evaluation of `step` is owed, and no session has made up for it since."""
+        here = self.evaluation is not None and self._folder.summary().get("knn_step") != step
+        (self.owed,) = self._world.any(self.owed and here)
+        return self.owed
+
     def measure(self, step: int, signal: StopSignal, clock: Clock) -> None:
         """The network after `step` steps."""
         self.owed = True
@@ -67,7 +73,7 @@ class Measuring:
                     values = self.evaluation.measure(self._backbone, self._probe)
                     self._runlog.log(step, values)
                     self.evaluation.save_embedding(self._folder.path / "embedding.npz")
-                    self._folder.add_to_summary(knn_trained=values["knn_accuracy"])
+                    self._folder.add_to_summary(knn_trained=values["knn_accuracy"], knn_step=step)
                 self.owed = False
             except (OSError, ValueError) as error:  # measuring is no reason not to train
                 log.warning("the network was not evaluated: %s. Training goes on", error)

@@ -288,6 +288,16 @@ def test_a_gone_terminal_does_not_end_training(
     assert len(lines(tmp_path)) == 2 and len(caplog.records) == 1
 
 
+def test_without_a_standard_output_nothing_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after >&-
+    with open_log(tmp_path) as log:
+        log.log(1, {"loss": 1.0})
+        log.event(1, "end", "done")
+    assert len(lines(tmp_path)) == 2
+
+
 # --- alarms
 
 

@@ -204,7 +204,8 @@ def _failed(code: Exit, error: BaseException) -> Exit:
     """Tell the error: rank 0's, or one that rank 0 need not have met."""
     rank = os.environ.get("RANK", "0")
     text = f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}"
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # where nobody listens any more the code still tells
+        print(text, file=sys.stderr, flush=True)
     return code
 
 

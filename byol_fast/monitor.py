@@ -129,7 +129,8 @@ class RunLog:
         """Restore the terminal, finish every log. Safe to repeat; later calls log nothing."""
         display, self._display = self._display, None
         if display is not None:
-            display.close()
+            with suppress(OSError):  # the terminal may be gone
+                display.close()
         for sink in list(self._sinks):
             self._guard(sink, "close")
         self._sinks.clear()

@@ -288,6 +288,20 @@ def test_a_gone_terminal_does_not_end_training(
     assert len(lines(tmp_path)) == 2 and len(caplog.records) == 1
 
 
+def test_a_gone_terminal_does_not_change_how_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    log = open_log(tmp_path)
+
+    def gone() -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(log._display, "close", gone)
+    log.log(1, {"loss": 1.0})
+    log.close()
+    assert len(lines(tmp_path)) == 1
+
+
 def test_without_a_standard_output_nothing_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -208,7 +208,8 @@ class LineFile:
         if len(self._pending) >= PENDING_LINES:
             self._pending.popleft()
             self._lost += 1
-        self._pending.append(line.encode())
+        # What is not UTF-8 in a path becomes an escape, which JSON understands.
+        self._pending.append(line.encode("utf-8", "backslashreplace"))
         self._flush()
 
     def _flush(self) -> None:

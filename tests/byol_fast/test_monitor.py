@@ -144,6 +144,12 @@ def test_an_unwritable_log_is_refused_with_path_and_mend(tmp_path: Path):
         open_log(tmp_path / "file" / "run")
 
 
+def test_a_path_that_is_not_utf8_can_be_logged(tmp_path: Path):
+    with open_log(tmp_path) as log:
+        log.event(1, "skipped", "rows in run\udcff/é")
+    assert metrics.read(tmp_path / "metrics.jsonl").events[0].text == "rows in run\udcff/é"
+
+
 def test_a_full_disk_is_told_once_and_loses_nothing(tmp_path: Path):
     code = textwrap.dedent("""
         import logging, resource, sys

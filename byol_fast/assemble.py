@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def assemble(
     state = _open_folder(folder, world, stack)
     identity = {"config": configuration.to_dict(config), "data": data.parts.identity()}
     if state is not None:
-        _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
+        with _fitting(state, folder):
+            _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
     model = _build_model(config, world)
     pipeline = _build_pipeline(resolved, data, world)
     stack.callback(pipeline.close)
@@ -89,15 +91,22 @@ def assemble(
         graph=config.run.engine == "graph",
     )
     if state is not None:
-        trainer.load_state(state)
+        with _fitting(state, folder):
+            trainer.load_state(state)
         log.info("resumed at step %d of %d", trainer.step, plan.total_steps)
         if change := resolved.split.change(resolved.before):
             runlog.event(trainer.step, "ranks", change)
     if world.is_main:
-        checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
-        checkpoint.write_text(folder.path / split.FILE, resolved.split.to_json())
-        replay.note_parts(folder.path, data.parts)
-        folder.status("running", step=trainer.step, total_steps=plan.total_steps)
+        try:
+            checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
+            checkpoint.write_text(folder.path / split.FILE, resolved.split.to_json())
+            replay.note_parts(folder.path, data.parts)
+            folder.status("running", step=trainer.step, total_steps=plan.total_steps)
+        except OSError as error:
+            raise ValueError(
+                f"the run folder {folder.path} cannot be written: {error}. Free some space, mend "
+                f"its permissions, or choose another with --out"
+            ) from error
     return trainer, folder
 
 
@@ -124,6 +133,7 @@ def _open_folder(
 
 def _prepare(folder: RunFolder) -> None:
     try:
+        folder.sweep()
         checkpoint.prepare(folder.checkpoints)
     except OSError as error:
         raise ValueError(
@@ -231,6 +241,28 @@ def _precision(asked: str, world: World) -> str:
         return asked
     on_gpu = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if on_gpu else "fp32"
+
+
+@contextlib.contextmanager
+def _fitting(state: dict[str, Any], folder: RunFolder) -> Iterator[None]:
+    """While a checkpoint is taken over: its hash was right, but it may be of other networks.
+
+    Raises:
+        CheckpointError: it lacks something, or holds other tensors than this run's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = (
+            f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        )
+        raise CheckpointError(
+            f"the checkpoint of step {state['step']} in {folder.checkpoints} does not fit this "
+            f"run's networks: {reason[:300]}. Go back to the settings that it was made with, or "
+            f"choose another --out"
+        ) from error
 
 
 def _same_run(state: dict[str, Any], identity: dict[str, Any], *, allowed: bool) -> None:

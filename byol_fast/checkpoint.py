@@ -72,11 +72,23 @@ def save(
             f"checkpoint of step {step} was NOT saved to {path}: {error}. "
             f"Free some space (or fix the folder's permissions) and repeat the command"
         ) from error
-    found = {_step(old): old for old in _found(folder)}
-    for old in surplus(found, keep, keep_every):
-        found[old].unlink(missing_ok=True)
-        _hash_path(found[old]).unlink(missing_ok=True)
+    _tidy(folder, step, keep, keep_every)
     return path
+
+
+def _tidy(folder: Path, newest: int, keep: int, keep_every: int | Fraction | None) -> None:
+    """Remove what need not stay beside the checkpoint of step `newest`.
+
+    Files of later steps are damaged ones that were passed over: counted among the newest they would
+    crowd out the very checkpoint that was just written.
+    """
+    found = {step: path for path in _found(folder) if (step := _step(path)) <= newest}
+    for step in surplus(found, keep, keep_every):
+        try:
+            found[step].unlink(missing_ok=True)
+            _hash_path(found[step]).unlink(missing_ok=True)
+        except OSError as error:  # the new one is on the disk all the same
+            log.warning("%s could not be removed: %s", found[step], error)
 
 
 def prepare(folder: Path) -> None:
@@ -117,12 +129,15 @@ def load(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: hash missing or different, file truncated, foreign, or not plain data.
     """
     hash_path = _hash_path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such checkpoint")
-    if not hash_path.is_file():
-        raise CheckpointError(f"{path}: its hash file {hash_path.name} is missing")
-    if file_hash(path).encode() != hash_path.read_bytes().strip():  # it may be damaged itself
-        raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: there is no such checkpoint")
+        if not hash_path.is_file():
+            raise CheckpointError(f"{path}: its hash file {hash_path.name} is missing")
+        if file_hash(path).encode() != hash_path.read_bytes().strip():  # it may be damaged itself
+            raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
+    except OSError as error:  # no rights, or a disk that fails
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -141,7 +156,10 @@ def latest(folder: Path, *, map_location: Any = "cpu") -> dict[str, Any] | None:
     reasons = []
     for path in _found(folder):
         try:
-            return load(path, map_location=map_location)
+            state = load(path, map_location=map_location)
+            if state.get("step") != _step(path):
+                raise CheckpointError(f"{path}: holds step {state.get('step')}: it was renamed")
+            return state
         except CheckpointError as error:
             log.warning("skipped %s", error)
             reasons.append(str(error))
@@ -183,8 +201,13 @@ def file_hash(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step, so that a reader sees the old one or the new one."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    _write(temporary, text)
-    os.replace(temporary, path)
+    try:
+        _write(temporary, text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _found(folder: Path) -> Iterator[Path]:

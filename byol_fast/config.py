@@ -7,6 +7,7 @@ the recipe's; one set by hand always wins.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ class Config(Section):
             )
         if not self.out:  # an unset shell variable would make the working directory the run's
             raise UsageError("--out must name a folder, got ''")
+        # A shell leaves the ~ of --out=~/runs as it is, and so does YAML.
+        object.__setattr__(self, "out", os.path.expanduser(self.out))
 
     @property
     def data_path(self) -> str:

@@ -144,7 +144,8 @@ def examine(
             done.put((name, check(wanted)))
         except Exception as error:  # whatever is wrong with this machine is a finding
             what = f"the check failed: {type(error).__name__}: {error}"
-            done.put((name, [Finding(name=name, state="missing", what=what)]))
+            asked = name == "out" or (name in ("data", "index") and bool(wanted.data))
+            done.put((name, [Finding(name=name, state="missing", what=what, asked=asked)]))
 
     for name, check in run.items():  # daemons: one that hangs does not keep the process
         threading.Thread(target=partial(work, name, check), daemon=True).start()

@@ -129,7 +129,8 @@ class RunLog:
         """Restore the terminal, finish every log. Safe to repeat; later calls log nothing."""
         display, self._display = self._display, None
         if display is not None:
-            display.close()
+            with suppress(OSError):  # the terminal may be gone
+                display.close()
         for sink in list(self._sinks):
             self._guard(sink, "close")
         self._sinks.clear()
@@ -207,7 +208,8 @@ class LineFile:
         if len(self._pending) >= PENDING_LINES:
             self._pending.popleft()
             self._lost += 1
-        self._pending.append(line.encode())
+        # What is not UTF-8 in a path becomes an escape, which JSON understands.
+        self._pending.append(line.encode("utf-8", "backslashreplace"))
         self._flush()
 
     def _flush(self) -> None:

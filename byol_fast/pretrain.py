@@ -118,9 +118,9 @@ def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failur
             notes.last_words = partial(_close, trainer, folder, "failed")
         try:
             if trainer.run(signal):
-                outcome = "done"
                 if world.is_main:
                     finish(trainer, folder)
+                outcome = "done"
             else:
                 outcome, reason = "preempted", f"asked to stop after step {trainer.step}"
                 log.info("%s: repeat the command without --run.max-steps to go on", reason)
@@ -208,7 +208,8 @@ def _failed(code: Exit, error: BaseException) -> Exit:
     """Tell the error: rank 0's, or one that rank 0 need not have met."""
     rank = os.environ.get("RANK", "0")
     text = f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}"
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # where nobody listens any more the code still tells
+        print(text, file=sys.stderr, flush=True)
     return code
 
 

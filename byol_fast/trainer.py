@@ -112,7 +112,7 @@ class Trainer:
             keep=plan.keep_checkpoints,
             keep_every=plan.keep_every,
             before=runlog.sync,  # the log reaches as far as the checkpoint does
-            after=lambda step: folder.status("running", step=step, total_steps=plan.total_steps),
+            after=lambda step: folder.running(step=step, total_steps=plan.total_steps),
         )
         self.saving = Saving(
             world,
@@ -138,7 +138,12 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue after the step at which `state()` was taken."""
         self.model.load_state_dict(state["model"])
+        # Momentum is the checkpoint's; weight decay and the like are this session's, where a change
+        # of them was allowed.
+        given = [{**group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(own, lr=group["lr"])
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.probe and state["probe"]:
@@ -165,7 +170,7 @@ class Trainer:
         stop = min(self.plan.total_steps, self.plan.stop_after)
         if self.step == 0:
             self.measuring.baselines(signal, self.clock)
-        elif self.measuring.owed:
+        elif self.measuring.owes(self.step):
             self.measuring.measure(self.step, signal, self.clock)
         self._leave_if_asked(signal)
         views = self.pipeline.steps(self.step, stop)

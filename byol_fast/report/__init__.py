@@ -34,7 +34,8 @@ def write(run: Path | str) -> Path:
     path = run / "report.html"
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        # A class or file whose name is not UTF-8 is shown with question marks.
+        temporary.write_text(page, encoding="utf-8", errors="replace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

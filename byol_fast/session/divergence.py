@@ -7,6 +7,8 @@ device anyway.
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from byol_fast.errors import Diverged
 from byol_fast.guard import Guard
 from byol_fast.monitor import RunLog
 from pipelines.pipeline import ViewPipeline
+
+log = logging.getLogger(__name__)
 
 FILE = "diverged-step.json"
 LIMIT = 20  # skipped steps in succession: what follows them would be skipped too
@@ -101,15 +105,19 @@ class NonFinite:
             )
         self._described = self._described[-KEPT_STEPS:]
         first = self._described[-1]["rows"][0]
+        config = shlex.quote(str(self._folder / "config.yaml"))
         content = {
             "seed": seed,
             "image_size": stream.spec.image_size,
             "skipped_steps": self.total,
             "steps": self._described,
-            "replay": f"python -m byol_fast.pretrain --config {self._folder / 'config.yaml'} "
+            "replay": f"python -m byol_fast.pretrain --config {config} "
             f"--replay epoch={first['epoch']},index={first['index']}",
         }
-        checkpoint.write_text(self._folder / FILE, json.dumps(content) + "\n")
+        try:
+            checkpoint.write_text(self._folder / FILE, json.dumps(content) + "\n")
+        except OSError as error:  # the step was skipped all the same
+            log.warning("%s was not written: %s", self._folder / FILE, error)
 
     def _rows(self, step: int) -> list[dict[str, Any]]:
         """This rank's rows of a step: where each stands, and its name, which the rank alone may

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 class Measuring:
     """kNN and the probe's accuracy before, during and after training. Every rank has to call it.
 
-    A measurement that a signal cut short stays `owed`, and goes with the checkpoint.
+    A measurement that a signal cut short, or that failed, stays `owed`, and goes with the
+    checkpoint.
 
     Args:
         evaluation: rank 0's images; None on other ranks, and where there are no labels.
@@ -57,16 +58,26 @@ class Measuring:
                 )
                 self._runlog.log(0, {"epoch": 0.0, "knn_accuracy": untrained})
 
+    def owes(self, step: int) -> bool:
+        """Whether the evaluation of `step` is owed, and no session has made up for it since."""
+        here = self.evaluation is not None and self._folder.summary().get("knn_step") != step
+        (self.owed,) = self._world.any(self.owed and here)
+        return self.owed
+
     def measure(self, step: int, signal: StopSignal, clock: Clock) -> None:
         """The network after `step` steps."""
         self.owed = True
         with self._alone(signal, clock, "the network was evaluated"):
-            if self.evaluation is not None:
-                values = self.evaluation.measure(self._backbone, self._probe)
-                self._runlog.log(step, values)
-                self.evaluation.save_embedding(self._folder.path / "embedding.npz")
-                self._folder.add_to_summary(knn_trained=values["knn_accuracy"])
-            self.owed = False
+            try:
+                if self.evaluation is not None:
+                    values = self.evaluation.measure(self._backbone, self._probe)
+                    self._runlog.log(step, values)
+                    self.evaluation.save_embedding(self._folder.path / "embedding.npz")
+                    self._folder.add_to_summary(knn_trained=values["knn_accuracy"], knn_step=step)
+                self.owed = False
+            except (OSError, ValueError) as error:  # measuring is no reason not to train
+                log.warning("the network was not evaluated: %s. Training goes on", error)
+                self._runlog.event(step, "warning", f"the network was not evaluated: {error}")
 
     @contextmanager
     def _alone(self, signal: StopSignal, clock: Clock, doing: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from byol_fast import export, report
+from byol_fast.errors import SaveError
 from byol_fast.session.runfolder import RunFolder
 from byol_fast.trainer import Trainer
 
@@ -12,7 +13,22 @@ log = logging.getLogger(__name__)
 
 
 def finish(trainer: Trainer, folder: RunFolder) -> None:
-    """Export the online backbone, write `summary.json` and `report.html`. Rank 0 only."""
+    """Export the online backbone, write `summary.json` and `report.html`. Rank 0 only.
+
+    Raises:
+        SaveError: one of them could not be written.
+    """
+    try:
+        _finish(trainer, folder)
+    except OSError as error:
+        raise SaveError(
+            f"training is complete and its checkpoint is in {folder.checkpoints}, but the results "
+            f"are not all in {folder.path}: {error}. Free some space (or fix the folder's "
+            f"permissions) and repeat the command: nothing is trained again"
+        ) from error
+
+
+def _finish(trainer: Trainer, folder: RunFolder) -> None:
     model, pipeline = trainer.model, trainer.pipeline
     spec = pipeline.stream.spec
     exports = export.export_backbone(
@@ -20,7 +36,9 @@ def finish(trainer: Trainer, folder: RunFolder) -> None:
         folder.path / "exports" / "backbone",
         {**model.hyper, "mean": spec.mean, "std": spec.std, "steps": trainer.step},
     )
-    if trainer.session_seconds:  # else the run was complete before, and so is its summary
+    images = trainer.step * trainer.plan.global_batch
+    # Not of a run that was summed up before; one that was killed just before it was is.
+    if trainer.session_seconds or folder.summary().get("images") != images:
         _summarise(trainer, folder, [str(path) for path in exports])
         trainer.runlog.event(trainer.step, "end", "training is complete")
     trainer.runlog.close()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
+import platform
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from byol_fast.checkpoint import write_text
+
+log = logging.getLogger(__name__)
+
+_LEFT = re.compile(r".+\.(jsonl?|yaml|html|safetensors|pth)\.tmp\d+")
 
 
 class RunFolder:
@@ -34,7 +42,7 @@ class RunFolder:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self._lock.close()
@@ -42,9 +50,16 @@ class RunFolder:
                 f"the run folder {self.path} is in use by {owner}: "
                 f"wait for it, stop it, or choose another folder with --out"
             ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()}")
-        self._lock.flush()
+        except OSError as error:  # Lustre without -o flock, NFS without its lock service
+            log.warning(
+                "the file system of %s has no locks (%s): see to it that no other run uses it",
+                self.path,
+                error,
+            )
+        with contextlib.suppress(OSError):  # a full disk: what is written next will tell
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {platform.node()}")
+            self._lock.flush()
         return self
 
     def __exit__(
@@ -54,17 +69,31 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if self._lock is not None:
-            self._lock.close()  # gives the lock back; so does the end of the process
+            with contextlib.suppress(OSError):  # what a full disk has left unwritten
+                self._lock.close()  # gives the lock back; so does the end of the process
 
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.path / "checkpoints"
 
+    def sweep(self) -> None:
+        """Remove the temporary files that a killed session left beside their targets."""
+        for path in (*self.path.iterdir(), *self.path.glob("exports/*")):
+            if _LEFT.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
     def status(self, state: str, *, step: int, total_steps: int, reason: str = "") -> None:
         """Write `status.json`: running, done, preempted or failed, and why."""
         content = {"state": state, "step": step, "total_steps": total_steps, "reason": reason}
         write_text(self.path / "status.json", json.dumps(content, indent=1) + "\n")
+
+    def running(self, *, step: int, total_steps: int) -> None:
+        """`status` of a run that goes on, which it also does where this cannot be written."""
+        try:
+            self.status("running", step=step, total_steps=total_steps)
+        except OSError as error:
+            log.warning("%s could not be written: %s", self.path / "status.json", error)
 
     def read_status(self) -> dict[str, Any]:
         """`status.json` as it stands; empty if there is none."""
@@ -72,9 +101,15 @@ class RunFolder:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
     def summary(self) -> dict[str, Any]:
-        """`summary.json` as it stands; empty before the first result."""
+        """`summary.json` as it stands; empty before the first result, and if it is damaged."""
         path = self.path / "summary.json"
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            log.warning("%s is damaged (%s): begun again", path, error)
+            return {}
 
     def add_to_summary(self, **values: Any) -> None:
         """Enter results in `summary.json`, keeping the others."""

@@ -14,11 +14,12 @@ from byol_fast.errors import Preempted
 
 log = logging.getLogger(__name__)
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignal:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 set `received`; repeating them changes nothing."""
+    """While entered, SIGTERM, SIGINT, SIGUSR1 and SIGHUP set `received`; repeating them changes
+    nothing. A SIGHUP that is ignored, as under nohup, stays so."""
 
     def __init__(self) -> None:
         self.received = False
@@ -28,7 +29,11 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _STOPPING}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for number in _STOPPING
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+            }
         return self
 
     def __exit__(

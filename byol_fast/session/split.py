@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def read(folder: Path) -> Split | None:
         ValueError: the file is damaged.
     """
     path = folder / FILE
-    if not path.is_file() or not any((folder / "checkpoints").glob("step-*.pt")):
+    if not os.path.isfile(path) or not any((folder / "checkpoints").glob("step-*.pt")):
         return None
     try:
         return Split(**json.loads(path.read_text(encoding="utf-8")))

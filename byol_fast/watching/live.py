@@ -68,14 +68,16 @@ def open_display(
     panel: str = "auto",
     title: str = "byol_fast",
     stream: TextIO | None = None,
-) -> Display:
+) -> Display | None:
     """The panel where `stream` (standard output) is a UTF-8 terminal and rich is there, else lines.
 
-    `panel` is "auto", or "off" for lines in any case.
+    `panel` is "auto", or "off" for lines in any case. None where standard output is closed.
     """
     if panel not in ("auto", "off"):
         raise ValueError(f"panel is auto or off, got {panel!r}")
     out = stream if stream is not None else sys.stdout
+    if out is None:  # the process was started without one
+        return None
     if panel == "auto" and out.isatty() and (out.encoding or "").lower().startswith("utf"):
         try:
             from rich.console import Console
@@ -131,7 +133,7 @@ class Panel:
         self._losses: deque[float] = deque(maxlen=TREND)
         self._alarm = ""
         # What the run prints goes above the panel; what is sent to a file stays in the file.
-        on_screen = sys.stderr.isatty()
+        on_screen = sys.stderr is not None and sys.stderr.isatty()
         self._live = Live(
             console=console, auto_refresh=False, transient=False, redirect_stderr=on_screen
         )

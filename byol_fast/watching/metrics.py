@@ -86,7 +86,9 @@ METRICS: dict[str, Metric] = {
     DATA_WAIT_SHARE: Metric(
         "Waiting for data", "Share of the time the step stood waiting for the loader.", "share"
     ),
-    ELAPSED: Metric("Elapsed", "Time this process has trained.", "seconds"),
+    ELAPSED: Metric(
+        "Elapsed", "Time trained so far, over all sessions, without evaluations.", "seconds"
+    ),
 }
 
 

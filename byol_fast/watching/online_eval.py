@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +17,8 @@ from byol_fast.evaluate.features import Features, extract
 from byol_fast.watching.probe import OnlineProbe
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store
+
+log = logging.getLogger(__name__)
 
 MAX_BANK, MAX_QUERIES = 50_000, 10_000  # enough for ±0.5 points, a small share of an epoch
 
@@ -67,7 +72,7 @@ class OnlineEvaluation:
     def save_embedding(self, path: Path, most: int = 2000) -> None:
         """The newest measurement's query features, for the report's picture."""
         if self._last is not None:
-            np.savez(
+            _savez(
                 path,
                 features=self._last.features[:most].numpy(),
                 labels=self._last.labels[:most].numpy(),
@@ -103,4 +108,12 @@ def save_view_pairs(path: Path, x: Tensor, spec: AugmentSpec, most: int = 16) ->
     """The first `most` view pairs of x [2, B, 3, S, S] as pictures: uint8 [2, n, S, S, 3]."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (spec.mean, spec.std))
     pixels = (x[:, :most].float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    np.savez(path, views=pixels.permute(0, 1, 3, 4, 2).cpu().numpy())
+    _savez(path, views=pixels.permute(0, 1, 3, 4, 2).cpu().numpy())
+
+
+def _savez(path: Path, **arrays: npt.NDArray[Any]) -> None:
+    """For the report's pictures alone: trouble with the disk is told, and is no failure."""
+    try:
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        log.warning("%s was not written: %s", path, error)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from byol_fast.watching.tfevents import EventFile
+from pipelines.errors import MissingBackend
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ def require_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ImportError("W&B is not installed: pip install byol-fast[wandb]") from error
+        raise MissingBackend(
+            "W&B is not installed: pip install '.[wandb]' in the checkout"
+        ) from error
     return wandb
 
 

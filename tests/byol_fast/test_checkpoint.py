@@ -85,6 +85,30 @@ def test_no_loadable_checkpoint_is_an_error_that_names_all(tmp_path: Path) -> No
         checkpoint.latest(tmp_path)
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_newer_ones_do_not_crowd_out_the_one_just_saved(tmp_path: Path, keep: int) -> None:
+    """A run that had to go back to step 1 goes on saving while 8 and 9 are still there."""
+    for step in (1, 8, 9):
+        checkpoint.save(tmp_path, step, state(step), keep=3)
+    for step in (8, 9):
+        empty(tmp_path / f"step-{step:08d}.pt")
+    for step in range(2, 12):
+        assert checkpoint.save(tmp_path, step, state(step), keep=keep).exists()
+        loaded = checkpoint.latest(tmp_path)
+        assert loaded is not None and loaded["step"] == step
+    assert len(list(tmp_path.glob("*.pt"))) == keep
+
+
+def test_what_cannot_be_removed_is_told_and_is_no_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "step-00000001.pt").mkdir()
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, step, state(step), keep=1)
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["step-00000001.pt", "step-00000004.pt"]
+    assert "step-00000001.pt could not be removed" in caplog.text
+
+
 class _Payload:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,5 +1,6 @@
 """The command line: help, printed settings, exit codes, dispatch, and that it stays light."""
 
+import io
 import subprocess
 import sys
 import types
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from byol_fast import cli
+from byol_fast import cli, pretrain
 from byol_fast._version import __version__
 from byol_fast.config import ACTIONS, FLAGS, parse
+from byol_fast.errors import Exit
 from byol_fast.recipes import RECIPES, fill
 
 
@@ -121,3 +123,14 @@ def test_version_and_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"byol-fast {__version__}\n"
     assert cli.main(["--help"]) == 0
     assert all(command in capsys.readouterr().out for command in ["pretrain"])
+
+
+def test_an_exit_code_does_not_need_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`… 2>&1 | head -1` has ended before the error is told."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert pretrain._failed(Exit.DATA, ValueError("no images")) == 4

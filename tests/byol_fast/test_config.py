@@ -375,3 +375,10 @@ def test_parts_are_said_before_the_path() -> None:
     ):
         given = config.parse(["--data", data])
         assert (given.data_path, given.in_parts) == (path, in_parts)
+
+
+def test_out_may_be_below_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--out=~/run` comes as it stands from a shell; a folder named ~ is dangerous to remove."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert config.parse(["--out=~/runs/byol"]).out == "/home/somebody/runs/byol"
+    assert config.parse(["--out=runs/~x"]).out == "runs/~x"

@@ -287,6 +287,16 @@ def test_a_check_that_raises_or_hangs_does_not_take_the_others_along() -> None:
     assert "no answer in 0.5 s" in found[0].what and "undefined symbol" in found[1].what
 
 
+@pytest.mark.parametrize(("name", "code"), [("out", 2), ("data", 4), ("index", 4), ("DALI", 0)])
+def test_a_check_that_raises_counts_where_it_was_asked_for(name: str, code: int) -> None:
+    """A folder below one that may not be entered, say."""
+
+    def raises(wanted: Wanted) -> list[Finding]:
+        raise PermissionError(13, "Permission denied")
+
+    assert verdict(examine(Wanted(data="images"), {name: raises})) == code
+
+
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["--ranks", "0"], ["--backend", "tensorflow"], ["--no-such"]):
         with pytest.raises(SystemExit) as caught:

@@ -144,6 +144,12 @@ def test_an_unwritable_log_is_refused_with_path_and_mend(tmp_path: Path):
         open_log(tmp_path / "file" / "run")
 
 
+def test_a_path_that_is_not_utf8_can_be_logged(tmp_path: Path):
+    with open_log(tmp_path) as log:
+        log.event(1, "skipped", "rows in run\udcff/é")
+    assert metrics.read(tmp_path / "metrics.jsonl").events[0].text == "rows in run\udcff/é"
+
+
 def test_a_full_disk_is_told_once_and_loses_nothing(tmp_path: Path):
     code = textwrap.dedent("""
         import logging, resource, sys
@@ -286,6 +292,30 @@ def test_a_gone_terminal_does_not_end_training(
         log.log(2, {"loss": 1.0})
     log.close()
     assert len(lines(tmp_path)) == 2 and len(caplog.records) == 1
+
+
+def test_a_gone_terminal_does_not_change_how_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    log = open_log(tmp_path)
+
+    def gone() -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(log._display, "close", gone)
+    log.log(1, {"loss": 1.0})
+    log.close()
+    assert len(lines(tmp_path)) == 1
+
+
+def test_without_a_standard_output_nothing_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after >&-
+    with open_log(tmp_path) as log:
+        log.log(1, {"loss": 1.0})
+        log.event(1, "end", "done")
+    assert len(lines(tmp_path)) == 2
 
 
 # --- alarms

@@ -389,3 +389,9 @@ def test_embeddings_without_labels_or_already_projected(tmp_path: Path):
     assert embedding is not None and len(embedding.xy) == 2000 and embedding.explained is None
     np.testing.assert_allclose(embedding.xy[0], points[0])
     assert "Embeddings: 2,000 points" in report.write(tmp_path).read_text()
+
+
+def test_a_run_folder_whose_name_is_not_utf8_has_a_report(tmp_path: Path):
+    folder = tmp_path / "run\udcff"  # as Python has the byte 0xff of a name
+    folder.mkdir()
+    assert "run?" in report.write(folder).read_text(encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -36,6 +38,18 @@ def test_a_second_run_in_the_same_folder_is_refused_and_told_who_holds_it(tmp_pa
         assert folder.path == tmp_path
 
 
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with RunFolder(tmp_path / "run") as folder:
+        folder.status("running", step=0, total_steps=1)
+    assert "has no locks" in caplog.text and str(tmp_path / "run") in caplog.text
+
+
 def test_status_and_summary(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "new" / "run") as folder:
         folder.status("preempted", step=3, total_steps=10, reason="SIGTERM at 3")
@@ -49,6 +63,17 @@ def test_status_and_summary(tmp_path: Path) -> None:
         }
         assert folder.summary() == {"knn_untrained": 0.5, "knn_trained": 0.75}
         assert not list(folder.path.glob("*.tmp*"))
+
+
+def test_what_a_killed_session_left_is_swept(tmp_path: Path) -> None:
+    left = ("status.json.tmp7", "metrics.jsonl.tmp12", "exports/backbone.safetensors.tmp3")
+    kept = ("status.json", "notes.tmp", "my.json.tmp", "exports/backbone.pth")
+    (tmp_path / "exports").mkdir()
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).sweep()
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == set(kept)
 
 
 def test_a_folder_that_cannot_be_made_is_named_with_a_mend(tmp_path: Path) -> None:
@@ -65,3 +90,11 @@ def test_a_read_only_folder_is_named_with_a_mend(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="cannot be written"), RunFolder(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"knn_trained": 0.'])
+def test_a_damaged_summary_ends_no_run(tmp_path: Path, content: str) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    folder = RunFolder(tmp_path)
+    folder.add_to_summary(knn_trained=0.5)
+    assert folder.summary() == {"knn_trained": 0.5}

@@ -10,7 +10,7 @@ import pytest
 from byol_fast.session.signals import StopSignal
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_signal_counts_and_the_second_does_no_harm(number: signal.Signals) -> None:
     with StopSignal() as stop:
         assert not stop.received
@@ -18,6 +18,16 @@ def test_the_first_signal_counts_and_the_second_does_no_harm(number: signal.Sign
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received
         assert stop.name == number.name
+
+
+def test_a_terminal_that_is_closed_ends_nothing_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_given_back() -> None:

@@ -248,6 +248,19 @@ def test_f4_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(runs, tmp_
     assert_same_run(whole, out)
 
 
+def test_f4_one_that_cannot_be_read_is_named_and_the_one_before_is_taken(runs, tmp_path: Path):
+    out = tmp_path / "run"
+    assert runs(out, *SMALL, "--checkpoint.every", 1, "--max-steps", 3).wait() == 0
+    before, newest = sorted((out / "checkpoints").glob("*.pt"))
+    newest.chmod(0)
+    for ranks in (1, 2):
+        run = runs(out, *SMALL, "--max-steps", 2, ranks=ranks, fault=AS_ANYBODY)
+        assert run.wait() == 0, run.said
+        assert f"{newest}: cannot be read: Permission denied" in run.said
+        assert f"resumed at step {int(before.stem[5:])} of 24" in run.said
+        assert "Traceback" not in run.said
+
+
 def test_f4_none_is_left(runs, tmp_path: Path):
     out = tmp_path / "run"
     assert runs(out, *SMALL, "--checkpoint.every", 1, "--max-steps", 3).wait() == 0
@@ -259,6 +272,43 @@ def test_f4_none_is_left(runs, tmp_path: Path):
         run.wait()
         assert set(run.codes.values()) == {3}, run.said
         assert all(name in run.said for name in names) and "Traceback" not in run.said
+
+
+def _other_tensors(state: dict) -> None:
+    for key in list(state["model"])[:3]:
+        state["model"][key] = torch.zeros(5, 5)
+
+
+OF_ANOTHER = {
+    "other networks": (_other_tensors, "size mismatch"),
+    "no settings": (lambda state: state.pop("config"), "it lacks 'config'"),
+    "no momentum": (lambda state: state.pop("optimizer"), "it lacks 'optimizer'"),
+    "another step": (lambda state: state.update(step=7), "holds step 7"),
+}
+
+
+@pytest.mark.parametrize("what", OF_ANOTHER)
+def test_f4_of_another_model_though_its_hash_is_right(runs, tmp_path: Path, what: str):
+    out = tmp_path / "run"
+    assert runs(out, *SMALL, "--max-steps", 1).wait() == 0
+    change, reason = OF_ANOTHER[what]
+    path = checkpoint.path_of(out / "checkpoints", 1)
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    path.with_name(path.name + ".sha256").write_text(checkpoint.file_hash(path) + "\n")
+    run = runs(out, *SMALL)
+    assert run.wait() == 3, run.said
+    assert reason in run.said and str(out / "checkpoints") in run.said
+    assert "Traceback" not in run.said
+
+
+def test_f9_a_change_that_no_permission_can_carry_over(runs, tmp_path: Path):
+    out = tmp_path / "run"
+    assert runs(out, *SMALL, "--max-steps", 1).wait() == 0
+    run = runs(out, *SMALL, "--hidden-size", "16", "--allow-config-change")
+    assert run.wait() == 3, run.said
+    assert "does not fit this run's networks" in run.said and "Traceback" not in run.said
 
 
 class Payload:

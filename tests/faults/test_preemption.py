@@ -1,13 +1,16 @@
-"""F10: SIGTERM, SIGINT and SIGUSR1, once and again, at any time, on one rank or on two."""
+"""F10: SIGTERM, SIGINT, SIGUSR1 and SIGHUP, once and again, at any time, on one rank or on two."""
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
 from faults.harness import ENDLESS, SMALL, assert_same_run
 from support import final
+
+from byol_fast.watching import metrics
 
 EVERY = ("--checkpoint.every", "1000")
 
@@ -27,7 +30,7 @@ def train_step(*args, **options):
     return real(*args, **options)
 trainer.train_step = train_step
 """
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,43 @@ online_eval.OnlineEvaluation.measure = measure
 """
 
 
+def assert_same_summary(one: Path, other: Path) -> None:
+    """The same results, but for times and paths, and an end that the log tells once."""
+    a, b = (json.loads((out / "summary.json").read_text()) for out in (one, other))
+    assert a.keys() == b.keys()
+    for name in ("knn_raw_pixels", "knn_untrained", "knn_trained", "images", "skipped_steps"):
+        assert a[name] == b[name], name
+    assert a["training_seconds"] > 0 and b["training_seconds"] > 0
+    events = metrics.read(other / "metrics.jsonl").events
+    assert [event.kind for event in events].count("end") == 1
+
+
+DIE_AT_THE_END = """
+import os, signal
+from byol_fast import export, report
+die = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+if {place!r} == "export":
+    export.export_backbone = die
+else:
+    report.write = die
+"""
+
+
+@pytest.mark.parametrize("place", ["export", "report"])
+def test_killed_after_the_last_step(runs, whole: Path, tmp_path: Path, place: str):
+    """Nothing is left to train, but results are left to write."""
+    if not whole.exists():
+        assert runs(whole, *SMALL, *EVERY).wait() == 0
+    out = tmp_path / "run"
+    run = runs(out, *SMALL, *EVERY, fault=DIE_AT_THE_END.format(place=place))
+    assert run.wait() == -signal.SIGKILL, run.said
+    again = runs(out, *SMALL, *EVERY)
+    assert again.wait() == 0, again.said
+    assert again.status["state"] == "done" and (out / "report.html").exists()
+    assert_same_run(whole, out)
+    assert_same_summary(whole, out)
+
+
 @pytest.mark.parametrize("place", ["indexing", "baselines", "evaluation"])
 def test_f10_while_rank_0_works_alone(
     runs, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -147,7 +187,9 @@ def test_f10_while_rank_0_works_alone(
     if place == "evaluation":
         assert final(out)["step"] == 24
     assert runs(out, *SMALL, *EVERY).wait() == 0
-    assert_same_run(whole, out)  # the evaluation that was cut short was made up for
+    assert runs(out, *SMALL, *EVERY).wait() == 0
+    assert_same_run(whole, out)  # the evaluation that was cut short was made up for, once
+    assert_same_summary(whole, out)
 
 
 @pytest.mark.dist

@@ -93,6 +93,27 @@ def test_f6_killed_from_outside(runs, tmp_path: Path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+GROUPS = """
+from byol_fast import trainer
+real = trainer.Trainer.run
+def run(self, signal):
+    groups = [(group["weight_decay"], group["adapt"]) for group in self.optimizer.param_groups]
+    print("groups", groups, flush=True)
+    return real(self, signal)
+trainer.Trainer.run = run
+"""
+
+
+def test_f9_an_allowed_change_of_the_optimizer_takes_effect(runs, tmp_path: Path):
+    """Its state is the checkpoint's, its settings are not."""
+    out = tmp_path / "run"
+    assert runs(out, *SMALL, "--max-steps", 4).wait() == 0
+    changed = ("--weight-decay", "0.5", "--optim.variant", "sgd", "--allow-config-change")
+    run = runs(out, *SMALL, *changed, fault=GROUPS)
+    assert run.wait() == 0, run.said
+    assert "groups [(0.5, False), (0.0, False)]" in run.said
+
+
 def test_f9_a_changed_setting_is_shown_and_refused_unless_allowed(runs, tmp_path: Path):
     out = tmp_path / "run"
     assert runs(out, *SMALL, "--max-steps", 4).wait() == 0

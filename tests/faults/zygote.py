@@ -26,8 +26,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import command
 
-# Everything that a run imports on its way.
-
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 

@@ -48,7 +48,7 @@ def assemble(
     if state is not None:
         with _fitting(state, folder):
             _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
-    model = _build_model(config, world)
+    model = build_model(config, world)
     pipeline = _build_pipeline(resolved, data, world)
     stack.callback(pipeline.close)
     optimizer = LARS(
@@ -168,7 +168,8 @@ def _views_dtype(config: Config, world: World) -> torch.dtype:
     return AUTOCAST.get(precision, torch.float32) if world.device.type == "cuda" else torch.float32
 
 
-def _build_model(config: Config, world: World) -> BYOL:
+def build_model(config: Config, world: World) -> BYOL:
+    """The two networks of a run, on the rank's device. Raises ValueError as `BYOL` does."""
     torch.manual_seed(config.seed)  # the same weights on every rank
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True

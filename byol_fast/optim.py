@@ -84,6 +84,9 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, **groups})
         everything = [p for group in self.param_groups for p in group["params"]]
         self.impl = _choose(everything) if impl == "auto" else impl
+        self._prepare(everything)
+
+    def _prepare(self, everything: list[Tensor]) -> None:
         self._fused: list[FusedGroup] = []
         match self.impl:
             case "fused":
@@ -96,6 +99,16 @@ class LARS(torch.optim.Optimizer):
                 self._update = lars_updates.foreach
             case _:
                 self._update = lars_updates.reference
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a pickle; not what `state_dict` gives."""
+        made = {"impl": self.impl, "norm": self.norm, "lr_in_momentum": self.lr_in_momentum}
+        return {**super().__getstate__(), **made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "impl" in state:  # a copy; `load_state_dict` comes here without
+            self._prepare([p for group in self.param_groups for p in group["params"]])
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(Exit.PREEMPTED, error)
     except (ValueError, MissingBackend, OSError) as error:
         return _failed(Exit.USAGE, error)
+    except KeyboardInterrupt:  # of a task that has no checkpoint to save
+        print("interrupted: no result was written", file=sys.stderr)
+        return 128 + signal.SIGINT
     return Exit.DONE
 
 

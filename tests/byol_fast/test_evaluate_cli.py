@@ -259,3 +259,14 @@ def test_a_file_that_is_no_result_is_named(tmp_path, capsys, content, message):
 def test_an_unknown_task_gets_the_nearest(capsys):
     assert main(["lineal"]) == Exit.USAGE
     assert "linear" in capsys.readouterr().err
+
+
+def test_control_c_is_told_in_a_line(monkeypatch, capsys):
+    from byol_fast.evaluate.commands import knn
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(knn, "run", interrupted)
+    assert main(["knn", "--weights", "x", "--data", "y"]) == 130
+    assert capsys.readouterr().err == "interrupted: no result was written\n"

@@ -245,6 +245,24 @@ def test_state_dict_round_trip_between_implementations(first, then, tensor_lr, t
     )
 
 
+@pytest.mark.parametrize("impl", ["foreach", "reference"])
+def test_a_copy_goes_on_as_the_original(impl):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = LARS(net.parameters(), lr=0.1, impl=impl, norm="sum", lr_in_momentum=True)
+
+    def train(net, optimizer):
+        optimizer.zero_grad()
+        net(torch.ones(2, 4).cumsum(0)).square().sum().backward()
+        optimizer.step()
+        return [p.detach().clone() for p in net.parameters()]
+
+    train(net, optimizer)
+    copies = copy.deepcopy((net, optimizer))
+    for ours, theirs in zip(train(net, optimizer), train(*copies), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_parameters_without_gradient_are_left_alone(impl):
     used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))

@@ -334,3 +334,13 @@ def test_dry_run_prints_the_arithmetic_and_trains_nothing(
     finished(run)
     assert "24 steps = 6 epochs × 64 images // 16" in run.stdout + run.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_looks_at_the_network_too(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, "--data", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main([*words, "--backbone", "resnet19"]) == 2
+    assert main([*words, "--hidden-layer", "layer9"]) == 2
+    said = capfd.readouterr().err
+    assert "resnet19" in said and "layer9" in said and "Traceback" not in said

@@ -201,13 +201,13 @@ def test_a_row_is_replayed_as_it_was_shown(runs, images: Path, tmp_path: Path):
 NO_PREDICTOR = """
 import torch
 from byol_fast import assemble
-real = assemble._build_model
+real = assemble.build_model
 def build(config, world):
     model = real(config, world)
     if {collapse}:
         model.online.predictor = torch.nn.Identity()
     return model
-assemble._build_model = build
+assemble.build_model = build
 """
 # Long enough, and fast enough, to collapse by the thresholds of byol_fast/watching/alarms.py.
 COLLAPSING = (*SMALL, "--epochs", "15", "--base-lr", "1.0", "--target-decay", "0.9")

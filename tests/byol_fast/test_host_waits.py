@@ -122,7 +122,7 @@ def test_the_plain_optimizer_is_seen_to_read_norms() -> None:
 
 def tensors() -> int:
     gc.collect()
-    return sum(isinstance(o, Tensor) for o in gc.get_objects())
+    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())  # proxies may be dead
 
 
 def test_steps_leave_no_tensors_behind() -> None:

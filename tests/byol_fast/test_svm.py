@@ -137,7 +137,7 @@ def test_scikit_learn_missing_is_said(monkeypatch):
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(MissingBackend, match=r"pip install byol-fast\[evaluate\]"):
+    with pytest.raises(MissingBackend, match=r"pip install '\.\[evaluate\]'"):
         svm.classifier(1.0)
 
 

@@ -384,5 +384,5 @@ def test_without_dali_the_install_command_is_named(monkeypatch: pytest.MonkeyPat
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert not dali_available()
-    with pytest.raises(MissingBackend, match=r"pip install byol-fast\[dali\]"):
+    with pytest.raises(MissingBackend, match=r"pip install '\.\[dali\]'"):
         import pipelines.sources.dali_source  # noqa: F401

@@ -67,8 +67,9 @@ def compiled(
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
     except Exception as error:  # whatever a compiler, or what it calls, may raise
-        first, *_ = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {first}"
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        end = 2 if said and said[0].endswith(":") else 1  # "backend='inductor' raised:", and what
+        reason = f"{type(error).__name__}: {' '.join(said[:end])}"
     seconds = time.perf_counter() - started
     (failed,) = world.any(bool(reason))
     if failed:

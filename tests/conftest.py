@@ -1,11 +1,17 @@
-"""Without a GPU Triton's kernels run in its interpreter: settled when Triton is imported."""
+"""What is settled by what is imported first: for Triton its interpreter, where there is no GPU.
 
+FFCV imports distutils: setuptools comes first, so that Inductor, which needs it, finds one of them.
+"""
+
+import importlib.util
 import os
 from collections.abc import Generator
 
 import pytest
 import torch
 
+if importlib.util.find_spec("setuptools"):
+    import setuptools  # noqa: F401
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -112,20 +112,29 @@ def test_what_cannot_be_compiled_runs_as_it_stands_and_says_so(
     assert all(loss > 0 for loss in train(model, networks))
 
 
-class Speechless(Small):
-    """A network that fails, and does not say why."""
+class Failing(Small):
+    """A network that fails, and may not say why."""
+
+    text = ""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
-            raise NotImplementedError
+            raise RuntimeError(self.text)
         return super().forward(x)
 
 
-def test_a_failure_without_a_message_is_one_too(caplog: pytest.LogCaptureFixture) -> None:
-    model = make(Speechless)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", ""), ("raised:\n\n  why\nwhere", "raised: why"), ("why\nwhere", "why")],
+)
+def test_a_failure_is_told_in_a_line(
+    text: str, said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Failing, "text", text)
+    model = make(Failing)
     with caplog.at_level(logging.WARNING), torch.compiler.set_stance("force_eager"):
         assert prepare(model).online is model.online
-    assert "torch.compile failed (NotImplementedError: )" in caplog.text
+    assert f"torch.compile failed (RuntimeError: {said})" in caplog.text
 
 
 def test_a_compiled_backward_without_gradients_is_not_used(

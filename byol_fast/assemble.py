@@ -97,17 +97,22 @@ def assemble(
         if change := resolved.split.change(resolved.before):
             runlog.event(trainer.step, "ranks", change)
     if world.is_main:
-        try:
-            checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(config))
-            checkpoint.write_text(folder.path / split.FILE, resolved.split.to_json())
-            replay.note_parts(folder.path, data.parts)
-            folder.status("running", step=trainer.step, total_steps=plan.total_steps)
-        except OSError as error:
-            raise ValueError(
-                f"the run folder {folder.path} cannot be written: {error}. Free some space, mend "
-                f"its permissions, or choose another with --out"
-            ) from error
+        _describe(folder, resolved, data, trainer)
     return trainer, folder
+
+
+def _describe(folder: RunFolder, resolved: Resolved, data: Data, trainer: Trainer) -> None:
+    """Write what the run is into its folder. Raises ValueError where that is not possible."""
+    try:
+        checkpoint.write_text(folder.path / "config.yaml", configuration.to_yaml(resolved.config))
+        checkpoint.write_text(folder.path / split.FILE, resolved.split.to_json())
+        replay.note_parts(folder.path, data.parts)
+        folder.status("running", step=trainer.step, total_steps=trainer.plan.total_steps)
+    except OSError as error:
+        raise ValueError(
+            f"the run folder {folder.path} cannot be written: {error}. Free some space, mend "
+            f"its permissions, or choose another with --out"
+        ) from error
 
 
 def _open_folder(

@@ -31,8 +31,8 @@ _EPILOG = """\
 modes, for images that are not plain JPEGs of the wanted size already (those are copied):
   jpeg      encode them as JPEGs of --quality
   lossless  store their pixels: nothing is lost, in about 8 times the space of a JPEG
-  raw       store the pixels of every image, JPEGs too: nothing is left to decode when training,
-            which pays for small images such as CIFAR's
+  raw       store the pixels of every image, JPEGs too: nothing is left to decode when training;
+            for small images, or with --max-side where the disk is large enough
 """
 
 

@@ -27,11 +27,17 @@ def python(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_f11_kill_one_of_two_ranks(python: Path, images: Path, tmp_path: Path):
-    """One torchrun that survives every kill; each try is from a kill to a step after it."""
+    """One torchrun that survives every kill; each try is from a kill to a step after it.
+
+    It was started with nohup and its terminal is closed before the first kill.
+    """
     words = ["--data", images, *SMALL, *ENDLESS, "--checkpoint.every", "20"]
-    run = Torchrun(python, tmp_path / "run", words, NPROC=2, MAX_RESTARTS=TRIES)
+    many = {"NPROC": 2, "MAX_RESTARTS": TRIES}
+    run = Torchrun(python, tmp_path / "run", words, before=["nohup"], **many)
     resuming, seconds = [], []
     try:
+        run.wait_for_step(5)
+        run.process.send_signal(signal.SIGHUP)
         run.wait_for_step(25)
         for attempt in range(TRIES):
             victim = wait_until(lambda: run.ranks(), "ranks")[attempt % 2]

@@ -4,16 +4,48 @@ FFCV imports distutils: setuptools comes first, so that Inductor, which needs it
 """
 
 import importlib.util
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from faults.harness import Zygote, run_ranks
 
 if importlib.util.find_spec("setuptools"):
     import setuptools  # noqa: F401
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """A command called in this process leaves a log handler and a number of threads behind."""
+    root, threads = logging.getLogger(), torch.get_num_threads()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """A process that has imported torch, and forks others: cheaper than starting them."""
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def in_ranks(zygote: Zygote, tmp_path: Path) -> Callable[..., None]:
+    """`in_ranks(function, number, *arguments)`: see `faults.harness.run_ranks`."""
+
+    def run(call: Callable[..., None], ranks: int, *arguments: object) -> None:
+        run_ranks(zygote, tmp_path, call, ranks, *arguments)
+
+    return run
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from faults.harness import ENDLESS, SMALL, wait_until
+from faults.harness import ENDLESS, LIMIT, SMALL, wait_until
 from faults.torchruns import python_with_tiny
 
 from byol_fast.cli import PretrainCall, pretrain_arguments
@@ -224,7 +224,7 @@ class Batch:
 
     def wait(self) -> int:
         try:
-            return self.process.wait(180)
+            return self.process.wait(LIMIT)
         finally:
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)

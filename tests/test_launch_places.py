@@ -29,7 +29,7 @@ def call(*words: object, cwd: Path, **variables: str) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=600,
     )
 
 

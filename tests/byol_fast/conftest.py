@@ -31,7 +31,7 @@ def pretrain() -> Command:
             [*start, "byol_fast.pretrain", *map(str, args)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
         )

@@ -4,43 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from faults.harness import free_port
 
 from byol_fast import distributed
 
-WORKER = """
-import json, sys, torch
-from byol_fast import distributed
-world = distributed.start("cpu")
-result = {
-    "rank": world.rank,
-    "size": world.size,
-    "any": world.any(world.rank == 1, False),
-    "mean": world.mean(torch.tensor([1.0 + world.rank])).tolist(),
-    "share": world.share({"from": world.rank}),
-}
-world.barrier()
-open(f"{sys.argv[1]}/{world.rank}.json", "w").write(json.dumps(result))
-distributed.stop()
-"""
 
-
-def torchrun(*args: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--standalone", f"--nproc_per_node={ranks}", *args),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def _rank(rank: int, port: str, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    world = distributed.start("cpu")
+    result = {
+        "rank": world.rank,
+        "size": world.size,
+        "any": world.any(world.rank == 1, False),
+        "mean": world.mean(torch.tensor([1.0 + world.rank])).tolist(),
+        "gather": world.gather(f"rank {world.rank}"),
+        "share": world.share({"from": world.rank}),
+    }
+    world.barrier()
+    Path(folder, f"{world.rank}.json").write_text(json.dumps(result))
+    distributed.stop()
 
 
 def test_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,16 +47,14 @@ def test_a_missing_gpu_is_said_with_a_mend() -> None:
 
 
 @pytest.mark.dist
-def test_two_ranks_agree(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    done = torchrun(str(script), str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_agree(in_ranks, tmp_path: Path) -> None:
+    in_ranks(_rank, 2, free_port(), tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "rank": rank,
             "size": 2,
             "any": [True, False],
             "mean": [1.5],
+            "gather": ["rank 0", "rank 1"],
             "share": {"from": 0},
         }

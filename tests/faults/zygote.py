@@ -22,9 +22,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest's pythonpath has it
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import command
+import pytest  # noqa: F401  the modules of tests import it
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from faults.harness import SMALL
 from support import assert_same, final
 
@@ -91,6 +92,25 @@ def test_f8_other_ranks_same_rows(
     assert ours == pytest.approx(theirs, abs=1e-4 if same_statistics else 0.5)
     event = [e for e in metrics.read(out / "metrics.jsonl").events if e.kind == "ranks"]
     assert len(event) == 1 and event[0].step == FROM
+
+
+@pytest.mark.dist
+def test_two_ranks_train_like_one(runs, tmp_path: Path):
+    """The same images in the same micro-batches; bn_sync makes two ranks one batch of 8.
+
+    Sums are taken in another order, so equality is up to rounding that 3 steps have amplified.
+    """
+    words = (*SMALL, "--max-steps", 3, "--base-lr", "0.05", "--bn-sync")
+    for ranks in (1, 2):
+        run = runs(tmp_path / str(ranks), *words, ranks=ranks)
+        run.wait()
+        assert set(run.codes.values()) == {0}, run.said
+    one, two = (losses(tmp_path / name) for name in "12")
+    assert len(one) == 3 and one == pytest.approx(two, abs=1e-3)
+    one, two = (final(tmp_path / name)["model"] for name in "12")
+    for name, value in one.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(two[name], value, atol=2e-3, rtol=2e-3, msg=name)
 
 
 @pytest.mark.dist

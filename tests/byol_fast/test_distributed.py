@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults.harness import free_port
+from torch import nn
 
 from byol_fast import distributed
 
@@ -58,3 +59,59 @@ def test_two_ranks_agree(in_ranks, tmp_path: Path) -> None:
             "gather": ["rank 0", "rank 1"],
             "share": {"from": 0},
         }
+
+
+class Counting(nn.Module):
+    """A buffer of whole numbers, as other people's layers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Counting(), nn.Linear(4, 2))
+
+
+def _images(rank: int) -> torch.Tensor:
+    return (1 + 3 * rank) * torch.randn(8, 3, generator=torch.Generator().manual_seed(rank)) + rank
+
+
+def _buffers(rank: int, port: str, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    world = distributed.start("cpu")
+    network = _network()
+    wrapped = distributed.data_parallel(network, world)
+    for _ in range(3):
+        wrapped.zero_grad()
+        wrapped(_images(rank)).square().mean().backward()
+    gradients = [p.grad for p in network.parameters()]
+    torch.save((dict(network.named_buffers()), gradients), f"{folder}/{rank}.pt")
+    distributed.stop()
+
+
+@pytest.mark.dist
+def test_gradients_are_shared_and_buffers_are_not(in_ranks, tmp_path: Path) -> None:
+    """A broadcast of buffers in each pass would give rank 1 the statistics of rank 0's images."""
+    in_ranks(_buffers, 2, free_port(), tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone = [_network() for _ in range(2)]
+    for rank, network in enumerate(alone):
+        for _ in range(3):
+            network.zero_grad()
+            network(_images(rank)).square().mean().backward()
+        torch.testing.assert_close(found[rank][0], dict(network.named_buffers()))
+        assert found[rank][0]["2.calls"] == 3
+    assert not torch.allclose(found[0][0]["1.running_mean"], found[1][0]["1.running_mean"])
+    for one, two, *own in zip(
+        *(gradients for _, gradients in found),
+        *([p.grad for p in network.parameters()] for network in alone),
+        strict=True,
+    ):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, sum(own) / 2)

@@ -56,7 +56,9 @@ def opened(work: Work) -> Iterator[Callable[[Row], list[Any]]]:
 
     def open_row(row: Row) -> list[Any]:
         chains.append(open_chain(row, prepare(row, work)))
-        return list(chains[-1].batches())
+        batches = list(chains[-1].batches())
+        assert batches
+        return batches
 
     yield open_row
     for chain in chains:

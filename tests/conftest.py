@@ -6,8 +6,9 @@ FFCV imports distutils: setuptools comes first, so that Inductor, which needs it
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,35 @@ if importlib.util.find_spec("setuptools"):
     import setuptools  # noqa: F401
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+_LEFT = pytest.StashKey[int]()  # how many slow tests were not asked for
+_SHARED = "slow_tests_left"  # its name between the processes of pytest-xdist
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT] = 0
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[_LEFT] += item.get_closest_marker("slow") is not None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_SHARED] = session.config.stash[_LEFT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker has collected all tests, so each has left out the same."""
+    node.config.stash[_LEFT] = getattr(node, "workeroutput", {}).get(_SHARED, 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if left := terminalreporter.config.stash[_LEFT]:
+        terminalreporter.write_line(f"{left} slow tests are left to ./launch/test.sh --all")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,10 @@
 #!/usr/bin/env bash
-# Lint, types and tests in their own environment. Arguments go to pytest (launch/test.sh -k plan).
+# Lint, types and tests in their own environment, in six minutes on two cores; --all takes the slow
+# tests too, in fifteen (CONTRIBUTING.md names them). Other arguments go to pytest:
+#
+#   launch/test.sh
+#   launch/test.sh --all
+#   launch/test.sh -k plan
 #
 # The environment: see launch/_env.sh (PYTHON=… names another interpreter or environment). DALI is
 # installed on x86-64 Linux; FFCV where its system libraries are present or may be installed. A test
@@ -8,6 +13,12 @@
 set -euo pipefail
 # shellcheck source=launch/_env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+
+chosen=(-m "not slow") # an -m among the arguments comes later and wins
+words=()
+for word in "$@"; do
+    if [[ $word == --all ]]; then chosen=(); else words+=("$word"); fi
+done
 cd "$ROOT"
 
 extras=dev,peers
@@ -23,26 +34,41 @@ fi
 # pytest writes its checkpoints there; on a full disk tests fail for no fault of theirs
 room_for "the tests need" 3 "${TMPDIR:-/tmp}"
 
-failed=()
-check() { # $1: name, then the command
-    local name=$1
-    shift
-    say "$name"
-    "$@" || failed+=("$name")
+scratch=$(mktemp -d)
+names=() pids=() failed=()
+cleanup() {
+    ((${#pids[@]} == 0)) || kill "${pids[@]}" 2>/dev/null || true
+    rm -rf "$scratch"
 }
-results=$(mktemp)
-trap 'rm -f "$results"' EXIT
+trap cleanup EXIT
 
-check lint "$PY" -m ruff check .
-check format "$PY" -m ruff format --check .
-check types "$PY" -m mypy
-check vulnerabilities "$PY" launch/audit.py # skipped by name where it cannot look
-# Two workers of one thread each take half the time of one that has both cores; a file stays together.
+beside() { # $1: name, then the command: runs while the tests do, and is shown after them
+    names+=("$1")
+    "${@:2}" >"$scratch/$1" 2>&1 &
+    pids+=($!)
+}
+
+beside lint "$PY" -m ruff check .
+beside format "$PY" -m ruff format --check .
+beside types "$PY" -m mypy
+beside vulnerabilities "$PY" launch/audit.py # skipped by name where it cannot look
+
+say tests
+# Two workers of one thread each take half the time of one that has both cores. Each begins with half
+# of the files and takes over from the other when it is done.
 workers=$(nproc)
 ((workers <= 4)) || workers=4
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-check tests "$PY" -m pytest -q -ra --no-fold-skipped -n "$workers" --dist loadfile \
-    --junitxml="$results" "$@"
+results=$scratch/results.xml
+"$PY" -m pytest -q -ra --no-fold-skipped -n "$workers" --dist worksteal \
+    --junitxml="$results" ${chosen[@]+"${chosen[@]}"} ${words[@]+"${words[@]}"} || failed+=(tests)
+
+for i in "${!names[@]}"; do
+    wait "${pids[i]}" || failed+=("${names[i]}")
+    say "${names[i]}"
+    cat "$scratch/${names[i]}"
+done
+pids=()
 
 if ((${#failed[@]})); then
     say "failed: ${failed[*]}"

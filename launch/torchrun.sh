@@ -35,6 +35,12 @@ command -v "$python" >/dev/null || die "PYTHON=$python is not a command"
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 
+# torchrun takes SIGHUP for a request to stop, also where nohup has it ignored.
+if [[ -n $(trap -p HUP) ]]; then
+    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGQUIT}
+    export TORCHELASTIC_SIGNALS_TO_HANDLE=$PET_SIGNALS_TO_HANDLE # torch without that flag
+fi
+
 # Without it a restarted rank may connect to addresses of the attempt before.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 

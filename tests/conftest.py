@@ -4,16 +4,78 @@ FFCV imports distutils: setuptools comes first, so that Inductor, which needs it
 """
 
 import importlib.util
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from faults.harness import Zygote, run_ranks
 
 if importlib.util.find_spec("setuptools"):
     import setuptools  # noqa: F401
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+_LEFT = pytest.StashKey[int]()  # how many slow tests were not asked for
+_SHARED = "slow_tests_left"  # its name between the processes of pytest-xdist
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT] = 0
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[_LEFT] += item.get_closest_marker("slow") is not None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_SHARED] = session.config.stash[_LEFT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker has collected all tests, so each has left out the same."""
+    node.config.stash[_LEFT] = getattr(node, "workeroutput", {}).get(_SHARED, 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if left := terminalreporter.config.stash[_LEFT]:
+        terminalreporter.write_line(f"{left} slow tests are left to ./launch/test.sh --all")
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """A command called in this process leaves a log handler and a number of threads behind."""
+    root, threads = logging.getLogger(), torch.get_num_threads()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """A process that has imported torch, and forks others: cheaper than starting them."""
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def in_ranks(zygote: Zygote, tmp_path: Path) -> Callable[..., None]:
+    """`in_ranks(function, number, *arguments)`: see `faults.harness.run_ranks`."""
+
+    def run(call: Callable[..., None], ranks: int, *arguments: object) -> None:
+        run_ranks(zygote, tmp_path, call, ranks, *arguments)
+
+    return run
 
 
 @pytest.hookimpl(wrapper=True)

@@ -39,7 +39,7 @@ def test_in_a_checkout_nothing_need_be_installed(tmp_path: Path) -> None:
         env={**env, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     check(run.stdout)

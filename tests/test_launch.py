@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from faults.harness import ENDLESS, SMALL, wait_until
+from faults.harness import ENDLESS, LIMIT, SMALL, wait_until
 from faults.torchruns import python_with_tiny
 
 from byol_fast.cli import PretrainCall, pretrain_arguments
@@ -130,6 +130,31 @@ def test_variables_given_to_torchrun_sh_are_read_there() -> None:
             assert re.search(rf"\${{?{variable}\b", script), f"{name} sets {variable}"
 
 
+@pytest.mark.parametrize(("hangup", "handled"), [("", "TERM INT QUIT"), ("-", "")])
+def test_torchrun_sh_leaves_sighup_ignored_under_nohup(
+    tmp_path: Path, hangup: str, handled: str
+) -> None:
+    """`hangup` is what the caller's shell does with SIGHUP: "" ignores it, "-" is the default."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho ${PET_SIGNALS_TO_HANDLE-} $TORCHELASTIC_SIGNALS_TO_HANDLE\n")
+    python.chmod(0o755)
+    names = {"PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"}
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a shell cannot undo an ignored one
+    try:
+        done = subprocess.run(
+            ["bash", "-c", f"trap '{hangup}' HUP; exec '{LAUNCH / 'torchrun.sh'}'"],
+            env={**env, "PYTHON": str(python)},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done.returncode == 0, done.stderr
+    names_of = ",".join(f"SIG{name}" for name in handled.split())
+    assert done.stdout.split() == [names_of] * 2 if handled else done.stdout.split() == []
+
+
 @pytest.mark.parametrize(
     "name", ["slurm.sbatch", "kubernetes.yaml", "skypilot.yaml", "torchrun.sh"]
 )
@@ -199,7 +224,7 @@ class Batch:
 
     def wait(self) -> int:
         try:
-            return self.process.wait(180)
+            return self.process.wait(LIMIT)
         finally:
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)

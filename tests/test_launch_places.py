@@ -29,7 +29,7 @@ def call(*words: object, cwd: Path, **variables: str) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=600,
     )
 
 
@@ -90,3 +90,48 @@ def test_gpu_script_takes_paths_from_where_it_was_called(tmp_path: Path) -> None
 def test_gpu_script_takes_no_option_for_a_folder(tmp_path: Path) -> None:
     done = call(ROOT / "benchmarks/gpu.sh", "--quick", cwd=tmp_path, DRY="1")
     assert done.returncode == 2 and "benchmarks/gpu.sh OUT" in done.stdout
+
+
+@pytest.fixture
+def checks(tmp_path: Path) -> str:
+    """An interpreter that has everything, and says which checks it is asked for; $BROKEN fails."""
+    path = tmp_path / "python"
+    path.write_text(r"""#!/bin/sh
+case "$1" in
+-c) case "$2" in *sys.executable*) echo "$0" ;; esac ;;
+-m) echo "called: $*" && [ "$2" != "$BROKEN" ] ;;
+-) cat >/dev/null ;;
+esac
+""")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "chosen"),
+    [
+        ("launch/test.sh", [], ["-m", "not slow"]),
+        ("launch/test.sh", ["-k", "a or b"], ["-m", "not slow", "-k", "a or b"]),
+        ("launch/test.sh", ["-x", "--all", "tests/faults"], ["-x", "tests/faults"]),
+        (".ci/run", [], []),
+    ],
+)
+def test_which_tests_are_run(
+    script: str, words: list[str], chosen: list[str], checks: str, tmp_path: Path
+) -> None:
+    done = call(ROOT / script, *words, cwd=tmp_path, PYTHON=checks, BROKEN="")
+    assert done.returncode == 0, done.stderr
+    (tests,) = (line for line in done.stdout.splitlines() if "-m pytest" in line)
+    assert tests.endswith(" ".join([".xml", *chosen])), tests
+    for check in ("ruff check .", "ruff format --check .", "mypy"):
+        assert f"called: -m {check}\n" in done.stdout
+    assert done.stdout.endswith("lint, format, types, vulnerabilities and tests passed\n")
+
+
+@pytest.mark.parametrize(("broken", "named"), [("mypy", "types"), ("pytest", "tests")])
+def test_a_check_that_fails_is_named_and_the_others_are_made(
+    broken: str, named: str, checks: str, tmp_path: Path
+) -> None:
+    done = call(ROOT / "launch/test.sh", cwd=tmp_path, PYTHON=checks, BROKEN=broken)
+    assert done.returncode == 1
+    assert done.stdout.endswith(f"== failed: {named}\n") and done.stdout.count("called: ") == 4

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablation, fps, hardware, optimizers, peer_updates, peers, stepping
+from benchmarks import ablation, feeding, fps, hardware, optimizers, peer_updates, peers, stepping
 from benchmarks.stepping import StepSettings
 from byol_fast.distributed import World
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
 
-TINY = ["--device", "cpu", "--batch-size", "2", "--steps", "2"]
+TINY = ["--device", "cpu", "--batch-size", "2", "--steps", "2", "--image-size", "64"]
+TINY += ["--backbone", "resnet18"]
 CPU = World(0, 1, torch.device("cpu"))
 SMALL = StepSettings("resnet18", 32, 2, precision="fp32", engine="eager")
 
@@ -30,7 +31,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("fps")
     modes = ["--mode", "step", "loader", "e2e", "linear-eval", "optim"]
     files = ["--json", str(folder / "fps.json"), "--chart", str(folder / "fps.svg")]
-    with contextlib.redirect_stdout(io.StringIO()) as text:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text:
+        patch.setattr(feeding, "_GENERATED", 6)
         done = fps.main([*TINY, "--target-fps", "0.001", "--project", "8", *modes, *files])
     assert done == 0
     ElementTree.parse(folder / "fps.svg")
@@ -184,14 +186,15 @@ def test_one_pass_and_two_give_the_same_loss() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_step_times_and_limits_are_positive() -> None:
+def test_step_times_and_limits_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     seconds = hardware.step_seconds(lambda: calls.append(1), CPU.device, 5)
     assert len(calls) == len(seconds) == 5
     assert (seconds >= 0).all()
     assert hardware.percentiles(np.arange(11.0)) == [2.0, 5.0, 8.0]
-    assert hardware.matmul_flops(CPU.device, torch.float32) > 1e8
-    assert hardware.copy_bytes(CPU.device) > 1e8
+    monkeypatch.setattr(hardware, "best_seconds", lambda call, device: (call(), 0.5)[1])
+    assert hardware.matmul_flops(CPU.device, torch.float32) == 2 * 1024**3 / 0.5
+    assert hardware.copy_bytes(CPU.device) == 2 * 2**26 / 0.5
 
 
 def test_ablation_compares_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:

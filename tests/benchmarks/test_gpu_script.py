@@ -22,7 +22,7 @@ def script(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         ["bash", str(SCRIPT), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "PYTHON": sys.executable, **env},
     )
 
@@ -71,7 +71,7 @@ def test_a_test_file_whose_package_is_missing_is_skipped_by_name(tmp_path: Path)
         [*run, "--continue-on-collection-errors"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )

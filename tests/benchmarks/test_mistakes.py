@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ablation, augment, fps, loader, overhead, peers, scaling
+from benchmarks import ablation, augment, feeding, fps, loader, overhead, peers, scaling
 
 CPU = ["--device", "cpu", "--batch-size", "2", "--steps", "1"]
+SMALL = [*CPU, "--backbone", "resnet18", "--image-size", "32"]
 MISTAKES = [
     (fps.main, [*CPU, "--backbone", "resnet19"], "unknown backbone 'resnet19': did you mean"),
     (fps.main, [*CPU, "--engine", "graph"], "there is no GPU"),
-    (fps.main, [*CPU, "--mode", "loader", "--backend", "nosuch"], "backend is auto, torch, dali"),
+    (fps.main, [*SMALL, "--mode", "loader", "--backend", "nosuch"], "backend is auto, torch, dali"),
     (fps.main, ["--nodes", "4"], "--nodes is of --project"),
     (fps.main, ["--target-fps", "nan"], "--target-fps is above 0"),
     (peers.main, [*CPU, "--backbone", "resnet19"], "unknown backbone 'resnet19': did you mean"),
@@ -39,7 +40,9 @@ def test_a_mistake_is_one_line(
     words: list[str],
     said: str,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(feeding, "_GENERATED", 2)
     try:
         code = main(words)
     except SystemExit as ending:

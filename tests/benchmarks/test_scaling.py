@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from faults.harness import free_port
 from torch import Tensor
 
 from benchmarks import fps, scaling
@@ -22,7 +21,7 @@ from byol_fast import distributed
 SETTINGS = StepSettings("resnet18", 32, 2, precision="fp32", engine="eager")
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, port: str, folder: str) -> None:
     """Writes what a step's collectives carry, and how many the profiler sees of any kind."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1")
@@ -54,11 +53,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.dist
-def test_two_ranks_send_what_the_model_says(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+def test_two_ranks_send_what_the_model_says(in_ranks, tmp_path: Path) -> None:
+    in_ranks(_rank, 2, free_port(), tmp_path)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         said = found["predicted"]

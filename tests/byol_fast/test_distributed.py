@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from faults.harness import free_port
+from torch import nn
 
 from byol_fast import distributed
 
-WORKER = """
-import json, sys, torch
-from byol_fast import distributed
-world = distributed.start("cpu")
-result = {
-    "rank": world.rank,
-    "size": world.size,
-    "any": world.any(world.rank == 1, False),
-    "mean": world.mean(torch.tensor([1.0 + world.rank])).tolist(),
-    "share": world.share({"from": world.rank}),
-}
-world.barrier()
-open(f"{sys.argv[1]}/{world.rank}.json", "w").write(json.dumps(result))
-distributed.stop()
-"""
 
-
-def torchrun(*args: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--standalone", f"--nproc_per_node={ranks}", *args),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def _rank(rank: int, port: str, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    world = distributed.start("cpu")
+    result = {
+        "rank": world.rank,
+        "size": world.size,
+        "any": world.any(world.rank == 1, False),
+        "mean": world.mean(torch.tensor([1.0 + world.rank])).tolist(),
+        "gather": world.gather(f"rank {world.rank}"),
+        "share": world.share({"from": world.rank}),
+    }
+    world.barrier()
+    Path(folder, f"{world.rank}.json").write_text(json.dumps(result))
+    distributed.stop()
 
 
 def test_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,16 +48,70 @@ def test_a_missing_gpu_is_said_with_a_mend() -> None:
 
 
 @pytest.mark.dist
-def test_two_ranks_agree(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    done = torchrun(str(script), str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_agree(in_ranks, tmp_path: Path) -> None:
+    in_ranks(_rank, 2, free_port(), tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "rank": rank,
             "size": 2,
             "any": [True, False],
             "mean": [1.5],
+            "gather": ["rank 0", "rank 1"],
             "share": {"from": 0},
         }
+
+
+class Counting(nn.Module):
+    """A buffer of whole numbers, as other people's layers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Counting(), nn.Linear(4, 2))
+
+
+def _images(rank: int) -> torch.Tensor:
+    return (1 + 3 * rank) * torch.randn(8, 3, generator=torch.Generator().manual_seed(rank)) + rank
+
+
+def _buffers(rank: int, port: str, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    world = distributed.start("cpu")
+    network = _network()
+    wrapped = distributed.data_parallel(network, world)
+    for _ in range(3):
+        wrapped.zero_grad()
+        wrapped(_images(rank)).square().mean().backward()
+    gradients = [p.grad for p in network.parameters()]
+    torch.save((dict(network.named_buffers()), gradients), f"{folder}/{rank}.pt")
+    distributed.stop()
+
+
+@pytest.mark.dist
+def test_gradients_are_shared_and_buffers_are_not(in_ranks, tmp_path: Path) -> None:
+    """A broadcast of buffers in each pass would give rank 1 the statistics of rank 0's images."""
+    in_ranks(_buffers, 2, free_port(), tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone = [_network() for _ in range(2)]
+    for rank, network in enumerate(alone):
+        for _ in range(3):
+            network.zero_grad()
+            network(_images(rank)).square().mean().backward()
+        torch.testing.assert_close(found[rank][0], dict(network.named_buffers()))
+        assert found[rank][0]["2.calls"] == 3
+    assert not torch.allclose(found[0][0]["1.running_mean"], found[1][0]["1.running_mean"])
+    for one, two, *own in zip(
+        *(gradients for _, gradients in found),
+        *([p.grad for p in network.parameters()] for network in alone),
+        strict=True,
+    ):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, sum(own) / 2)

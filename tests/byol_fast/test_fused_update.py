@@ -14,7 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Tensors that end within a block, at its end, within a piece, at its end, and in a further piece.
 SHAPES = [(3, 5), (4, 128), (32, 64), (2, 57, 3, 3)]
 VARIANTS = [
-    (100, {}),
+    pytest.param(100, {}, marks=pytest.mark.slow),
+    (15, {}),
     (15, {"norm": "sum"}),
     (15, {"norm": "sum", "lr_in_momentum": True}),
     (15, {"lr_in_momentum": True}),

@@ -120,19 +120,23 @@ def test_the_plain_optimizer_is_seen_to_read_norms() -> None:
     assert len(seen.reads) == 2 * len(adapted)
 
 
-def tensors() -> int:
+def tensors() -> set[int]:
     gc.collect()
-    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())  # proxies may be dead
+    return {id(o) for o in gc.get_objects() if issubclass(type(o), Tensor)}  # proxies may be dead
 
 
 def test_steps_leave_no_tensors_behind() -> None:
-    bench = Bench()
+    bench, kept = Bench(), []
     for _ in range(2):
         bench.step()
+    tensors()  # what earlier tests have left is gone by now, or stays
     before = tensors()
     for _ in range(5):
         bench.step()
-    assert tensors() == before
+    after = tensors()
+    assert len(after) <= len(before)
+    kept.append(torch.zeros(1))
+    assert len(tensors()) == len(after) + 1  # one that stays would be seen
 
 
 @pytest.fixture(scope="module")

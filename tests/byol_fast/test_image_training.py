@@ -3,17 +3,16 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from faults.harness import free_port
 from torch import nn
 
+from byol_fast import distributed
 from byol_fast.distributed import World
 from byol_fast.errors import Diverged, Preempted
 from byol_fast.evaluate import fewlabels, finetune, heads, recipes, scores
@@ -25,7 +24,6 @@ from pipelines.plan import EpochPlan
 from pipelines.spec import AugmentSpec
 from pipelines.stores import open_store
 
-ROOT = Path(__file__).resolve().parents[2]
 SPEC = AugmentSpec(image_size=16)
 ALONE = World(0, 1, torch.device("cpu"))
 SHORT = replace(
@@ -345,33 +343,19 @@ def test_mistakes_are_named():
         train(tiny(), squares(24), replace(SHORT, base_lr=1e30))
 
 
-WORKER = """
-import json, sys, torch
-sys.path[:0] = [sys.argv[2], sys.argv[3]]
-from byol_fast import distributed
-import test_image_training as t
-world = distributed.start("cpu")
-module = t.tiny()
-result = t.train(module, t.squares(30), t.replace(t.SHORT, steps=6), world=world)
-if world.is_main:
-    torch.save(module.state_dict(), sys.argv[1])
-distributed.stop()
-"""
+def _rank(rank, port, file):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    world = distributed.start("cpu")
+    module = tiny()
+    train(module, squares(30), replace(SHORT, steps=6), world=world)
+    if world.is_main:
+        torch.save(module.state_dict(), file)
+    distributed.stop()
 
 
 @pytest.mark.dist
-def test_two_ranks_train_what_one_does(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [tmp_path / "worker.py", tmp_path / "out.pt", ROOT, Path(__file__).parent]
-    done = subprocess.run(
-        [*start, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_train_what_one_does(in_ranks, tmp_path):
+    in_ranks(_rank, 2, free_port(), tmp_path / "out.pt")
     train(alone := tiny(), squares(30), replace(SHORT, steps=6))
     two = torch.load(tmp_path / "out.pt", weights_only=True)
     for key, value in alone.state_dict().items():

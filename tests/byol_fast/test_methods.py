@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from support import TINY, make_folder
 from torch import nn
 
@@ -167,7 +166,7 @@ def test_compiled_steps_are_the_steps() -> None:
     torch.testing.assert_close(fast.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-def _rank(rank: int, file: str, results: dict[int, list[torch.Tensor]]) -> None:
+def _rank(rank: int, file: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     world = World(rank, 2, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
     model = make("directpred+group-ws")
@@ -176,17 +175,15 @@ def _rank(rank: int, file: str, results: dict[int, list[torch.Tensor]]) -> None:
     train(model, 3, networks, rank=rank, ranks=2)
     z, t = views(0)[:, :, 0, 0]
     weight = closed_form(z.chunk(2)[rank], t.chunk(2)[rank])
-    results[rank] = [weight, *(value.detach().clone() for value in model.state_dict().values())]
+    torch.save([weight, *model.state_dict().values()], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.dist
-def test_two_ranks_train_and_solve_like_one(tmp_path: Path) -> None:
+def test_two_ranks_train_and_solve_like_one(in_ranks, tmp_path: Path) -> None:
     """Without batch statistics two halves of a batch are the batch; moments are summed."""
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (str(tmp_path / "meet"), results), nprocs=2)
-        found = dict(results)
+    in_ranks(_rank, 2, tmp_path / "meet", tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     model = make("directpred+group-ws")
     train(model, 3)
     z, t = views(0)[:, :, 0, 0]

@@ -223,7 +223,8 @@ def test_bf16_autocast_trains_with_fp32_weights():
     loss.backward()
     assert loss.dtype == torch.float32
     reference = small()(views())
-    assert (loss - reference).abs() < 0.5
+    # Measured: 0.016 of 4.4. In fp32 nothing would differ.
+    assert 0 < (loss - reference).abs() < 0.1
     for p in model.online.parameters():
         assert p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all()
 

@@ -60,7 +60,7 @@ OTHER = {
 ELSEWHERE = {
     "run.engine": "below",
     "device": "test_pretrain: no gpu",
-    "model.bn_sync": "test_pretrain: two ranks train like one; test_norm_groups, and below",
+    "model.bn_sync": "test_elastic: two ranks train like one; test_norm_groups, and below",
     "checkpoint.allow_config_change": "test_pretrain: other configuration, and below",
 }
 WORLD = World(0, 1, torch.device("cpu"))
@@ -148,14 +148,16 @@ def test_a_setting_reaches_its_user(
 
 
 def test_a_changed_setting_is_refused_on_resume_unless_allowed(
-    folders: dict[str, Path], pretrain: Any, tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--data", folders["train"], "--out", tmp_path, *TINY, "--max-steps"]
-    assert pretrain([*arguments, "1"]).returncode == 0
-    refused = pretrain([*arguments, "2", "--base-lr", "0.01"])
-    assert refused.returncode == 2 and "optim.base_lr: 0.4 → 0.01" in refused.stderr
-    allowed = pretrain([*arguments, "2", "--base-lr", "0.01", "--allow-config-change"])
-    assert allowed.returncode == 0 and "optim.base_lr: 0.4 → 0.01" in allowed.stderr
+    arguments = ["--data", str(folders["train"]), "--out", str(tmp_path), *TINY, "--max-steps"]
+    assert pretrain.main([*arguments, "1"]) == 0
+    capfd.readouterr()
+    changed = [*arguments, "2", "--base-lr", "0.01"]
+    assert pretrain.main(changed) == 2
+    assert "optim.base_lr: 0.4 → 0.01" in capfd.readouterr().err
+    assert pretrain.main([*changed, "--allow-config-change"]) == 0
+    assert "optim.base_lr: 0.4 → 0.01" in capfd.readouterr().err
 
 
 def test_the_engine_reaches_the_compiler(

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from byol_fast.networks import norm_ops
@@ -242,7 +241,8 @@ MEANS = (0.0, 100.0)
 CASES = [(route, mean) for route in ("kernels", "formulas") for mean in MEANS]
 
 
-def _rank(rank: int, world: int, file: str) -> None:
+def _rank(rank: int, file: str) -> None:
+    world = 2
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     whole, fits, results, sent = dist.all_reduce, norm_ops._fits_kernels, [], []
 
@@ -267,7 +267,7 @@ def _rank(rank: int, world: int, file: str) -> None:
 
 
 @pytest.mark.dist
-def test_two_ranks_equal_one_process(tmp_path):
+def test_two_ranks_equal_one_process(in_ranks, tmp_path):
     """Two gloo ranks with sync against one process on the whole batch, on both routes.
 
     Tolerance 1e-5 for centred input. At |mean| = 100 std, 2e-4: fp32 input carries 100·6e-8 of a
@@ -283,7 +283,7 @@ def test_two_ranks_equal_one_process(tmp_path):
         wanted.append(run(norm, x, case["grad"], 1))
     file = str(tmp_path / "rendezvous")
     torch.save(cases, f"{file}.in")
-    mp.spawn(_rank, (2, file), nprocs=2)
+    in_ranks(_rank, 2, file)
     (first, sent), (second, _) = (torch.load(f"{file}.out{r}") for r in range(2))
     # One message a layer each way, both views in it.
     assert sent == [(2, 2, 6)] * 2 * len(CASES)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from faults.harness import free_port
 from torch import Tensor
 
 from byol_fast import distributed
@@ -47,13 +46,13 @@ def run(norm: ViewBatchNorm, x: Tensor, grad: Tensor, call: Any = None) -> list[
     return [out.detach(), leaf.grad, norm.running_mean, norm.running_var]
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, port: str, folder: str) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(RANKS),
         LOCAL_RANK=str(rank % NODE),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=port,
     )
     world = distributed.start("cpu")
     group = statistics_group("group", world)
@@ -80,11 +79,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.dist
-def test_two_nodes_of_two_ranks_are_two_batches(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=RANKS)
+def test_two_nodes_of_two_ranks_are_two_batches(in_ranks, tmp_path: Path) -> None:
+    in_ranks(_rank, RANKS, free_port(), tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     norm, x, grad = batch()
     wanted = []

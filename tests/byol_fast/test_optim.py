@@ -128,16 +128,22 @@ def resnet50_shapes(divide: int) -> list[dict]:
     ids=str,
 )
 @pytest.mark.parametrize("impl", ["foreach", "apex"])
-def test_it_equals_the_reference_over_100_steps(divide, variant, impl):
-    compare(impl, divide, variant)
+def test_it_equals_the_reference_step_after_step(divide, variant, impl):
+    compare(impl, divide, variant, steps=30)
+
+
+def test_it_does_so_on_all_35_million_parameters():
+    """Norms over tensors of millions: their sums are where the two may differ by rounding."""
+    compare("foreach", 1, {}, steps=3, warmup=1)
 
 
 @pytest.mark.slow
-def test_it_does_so_on_all_35_million_parameters():
-    compare("foreach", 1, {})
+@pytest.mark.parametrize("impl", ["foreach", "apex"])
+def test_it_does_so_over_100_steps(impl):
+    compare(impl, 8, {}, steps=100)
 
 
-def compare(impl, divide, variant):
+def compare(impl, divide, variant, *, steps, warmup=10):
     torch.manual_seed(0)
     groups = resnet50_shapes(divide)
     left = [p for group in groups for p in group["params"]]
@@ -149,9 +155,9 @@ def compare(impl, divide, variant):
     noise = [torch.randn_like(p) * 1e-3 for p in left]
     for p, q, n in zip(left, right, noise, strict=True):
         p.grad = q.grad = n
-    for step in range(100):
+    for step in range(steps):
         for optimizer in (fast, plain):
-            set_lr(optimizer, 3.2 * min(step / 10, 1))
+            set_lr(optimizer, 3.2 * min(step / warmup, 1))
             optimizer.step()
         torch._foreach_mul_(noise, -1.1 if step % 4 == 0 else 0.95)  # the next gradients
     for p, q, was in zip(left, right, start, strict=True):

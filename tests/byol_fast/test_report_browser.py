@@ -50,7 +50,7 @@ def browse(page: Path, *options: str) -> tuple[str, str]:
         "--dump-dom",
         page.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return done.stdout, done.stderr
 
 

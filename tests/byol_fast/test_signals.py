@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from byol_fast.session.signals import StopSignal
 
 
+@pytest.fixture
+def as_from_a_terminal() -> Iterator[None]:
+    """What nohup (SIGHUP) and a shell's & (SIGINT) ignore is not ignored."""
+    default = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in default.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_from_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_signal_counts_and_the_second_does_no_harm(number: signal.Signals) -> None:
     with StopSignal() as stop:

@@ -13,13 +13,6 @@ Runs = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    started = Zygote()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 noisy images of 12 pixels in 4 classes that a network can tell apart, as one .npz."""
     rng = np.random.default_rng(0)

@@ -27,7 +27,7 @@ from byol_fast.watching import metrics
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-LIMIT = 180.0  # seconds; a healthy run needs a few, a busy machine makes them many
+LIMIT = 600.0  # seconds; a healthy run needs a few, a busy machine makes them many
 
 # 24 steps of 8 images: epochs of 8 steps, a line of the log each step, no kNN in between.
 SMALL = (
@@ -113,6 +113,36 @@ class Zygote:
         answer: dict[str, Any] = json.loads(self._process.stdout.readline() or "null")
         assert answer is not None, "the zygote has died"
         return answer
+
+
+def run_ranks(
+    zygote: Zygote, folder: Path, call: Callable[..., None], ranks: int, *arguments: object
+) -> None:
+    """`call(rank, *arguments)`, a function of a test's module, in a process per rank.
+
+    The arguments arrive as text. All have to return; `folder` gets what they print.
+    """
+    code = f"from {call.__module__} import {call.__name__} as call\ncall(int(ARGS[0]), *ARGS[1:])"
+    outputs = [folder / f"rank{rank}.output" for rank in range(ranks)]
+    pids = [
+        zygote.start([rank, *arguments], output, {}, code) for rank, output in enumerate(outputs)
+    ]
+    codes: dict[int, int] = {}
+
+    def ended() -> bool:
+        for rank, pid in enumerate(pids):
+            if rank not in codes and (code := zygote.poll(pid)) is not None:
+                codes[rank] = code
+        return len(codes) == ranks or any(codes.values())
+
+    try:
+        wait_until(ended, "the end of all ranks")
+    finally:
+        for rank, pid in enumerate(pids):
+            if rank not in codes:
+                os.kill(pid, signal.SIGKILL)
+                zygote.wait(pid)
+    assert not any(codes.values()), "".join(output.read_text() for output in outputs)
 
 
 class Run:

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import tarfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +25,6 @@ pytestmark = pytest.mark.dist
 DATA = ("--data", "parts:train.beton")
 TORCH = ("--backend", "torch")  # FFCV's kernel takes seconds to compile
 FROM, STEPS = 9, 24  # where a run changes hands, and its end: 3 epochs of 64 images, 8 a step
-SECONDS = 60.0  # a bad start takes a few; a hang would take minutes
 
 # Rank r works in the r-th node's folder, and writes which samples its micro-batches held.
 NODES = """
@@ -184,7 +182,7 @@ def test_other_parts_or_shares_are_refused_on_resume(
     half: Path, start: Start, nodes: list[Path], on: tuple[int, ...], texts: tuple[str, ...]
 ) -> None:
     run = start(half, [nodes[n] for n in on])
-    run.wait(SECONDS)
+    run.wait()
     assert set(run.codes.values()) == {2}, run.said
     for text in ("belongs to another run", "--checkpoint.allow-config-change", *texts):
         assert text in run.said
@@ -203,19 +201,18 @@ def test_a_part_that_cannot_be_opened_ends_all_ranks(
     on = [nodes[0], nodes[0]]
     on[rank] = broken
     run = start(tmp_path / "run", on)
-    began = time.monotonic()
-    run.wait(SECONDS)
+    run.wait()
     assert set(run.codes.values()) == {4}, run.said
     assert f", rank {rank}: train.beton" in run.said and "Traceback" not in run.said
     assert ("does not exist" if rank else "truncated") in run.said, run.said
-    assert time.monotonic() - began < SECONDS and not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_other_images_without_the_word_are_refused(
     start: Start, nodes: list[Path], tmp_path: Path
 ) -> None:
     run = start(tmp_path / "run", nodes[:2], "--data", "train.beton")
-    run.wait(SECONDS)
+    run.wait()
     assert set(run.codes.values()) == {4}, run.said
     assert "or say --data parts:train.beton" in run.said
 

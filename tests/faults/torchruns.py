@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,14 +24,14 @@ def python_with_tiny(folder: Path) -> Path:
 words=()
 while (($#)); do
     if [[ $1 == -m && ${{2:-}} == byol_fast.pretrain ]]; then
-        words+=({HERE / "command.py"})
+        words+=({shlex.quote(str(HERE / "command.py"))})
         shift
     else
         words+=("$1")
     fi
     shift
 done
-exec {sys.executable} "${{words[@]}}"
+exec {shlex.quote(sys.executable)} "${{words[@]}}"
 """)
     path.chmod(0o755)
     return path

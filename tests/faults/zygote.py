@@ -22,9 +22,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest's pythonpath has it
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import command
+import pytest  # noqa: F401  the modules of tests import it
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
@@ -38,7 +40,9 @@ def start(request: dict[str, Any]) -> int:
     try:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+        # A shell's & ignores the first, nohup the second; a test that wants that says so.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDONLY)
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for to, fd in ((0, null), (1, output), (2, output)):

@@ -271,7 +271,7 @@ def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=600,
     )
 
 
@@ -322,7 +322,7 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
         assert run.stdout is not None and run.stdout.readline() == b"writing\n"
         time.sleep(0.1)
         run.send_signal(number)
-        _, errors = run.communicate(timeout=30)
+        _, errors = run.communicate(timeout=600)
     assert not out.exists() and not (tmp_path / "a.beton.json").exists()
     if number == signal.SIGKILL:
         assert leftovers(tmp_path) == [".a.beton.part"]

@@ -101,7 +101,7 @@ def test_exif_orientation_is_ignored() -> None:
         assert decode.header(data) == (20, 40)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Palette images")
 def test_palette_and_its_transparency() -> None:
     image = Image.fromarray(picture()).quantize(16)
     want = np.asarray(image.convert("RGB"))
@@ -109,7 +109,7 @@ def test_palette_and_its_transparency() -> None:
     same(encode(image, "PNG", transparency=bytes(range(0, 160, 10))), want)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Palette images")
 def test_alpha_is_dropped() -> None:
     alpha = np.linspace(0, 255, 53 * 77).astype(np.uint8).reshape(53, 77, 1)
     rgba = np.concatenate([picture(), alpha], axis=2)

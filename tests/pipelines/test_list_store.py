@@ -199,7 +199,7 @@ def test_a_pipe_in_the_place_of_a_listed_image_is_not_opened(root):
     errors = []
     read = threading.Thread(target=lambda: errors.append(error_of(store.read, 1)), daemon=True)
     read.start()
-    read.join(10)
+    read.join(60)
     assert not read.is_alive() and "not a regular file" in errors[0]
 
 

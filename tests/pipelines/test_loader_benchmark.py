@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,7 +56,9 @@ def opened(work: Work) -> Iterator[Callable[[Row], list[Any]]]:
 
     def open_row(row: Row) -> list[Any]:
         chains.append(open_chain(row, prepare(row, work)))
-        return list(chains[-1].batches())
+        batches = list(chains[-1].batches())
+        assert batches
+        return batches
 
     yield open_row
     for chain in chains:
@@ -375,7 +376,7 @@ def test_it_runs_as_a_script(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "loader.py"), "--data", str(folder), *tiny]
     command += ["--only", "torch crops", "pil crops", "--threads", "1", "--needed", "100"]
     command += ["--json", str(result), "--chart", str(picture)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     written = json.loads(result.read_text())
     names = {"pil crops, folder, 1 thread", "torch crops, folder, 1 thread"}
@@ -388,15 +389,15 @@ def test_it_runs_as_a_script(folder: Path, tmp_path: Path) -> None:
     assert "torch crops" in picture.read_text()
 
 
-def test_a_row_that_works_ahead_is_waited_for() -> None:
-    done = threading.Event()
-
-    def work() -> None:
-        until = time.perf_counter() + 0.7
-        while time.perf_counter() < until:
-            sum(range(1000))
-        done.set()
-
-    threading.Thread(target=work).start()
-    turns.rest()
-    assert done.is_set()
+def test_a_row_that_works_ahead_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([5.0, 5.2, 5.4, 5.6, 5.601, 9.0])  # it works until the fourth look
+    monkeypatch.setattr(turns, "processor_seconds", lambda: next(used))
+    monkeypatch.setattr(turns.time, "sleep", lambda seconds: None)
+    turns.rest(most=600)
+    assert next(used) == 9.0
+    looks: list[float] = []
+    clock = iter(range(100))
+    monkeypatch.setattr(turns, "processor_seconds", lambda: looks.append(0) or float(len(looks)))
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: float(next(clock)))
+    turns.rest(most=5)  # one that never rests is not waited for without end
+    assert len(looks) == 5

@@ -73,6 +73,6 @@ def test_closing_ends_the_threads() -> None:
     results.close()
     for thread in threading.enumerate():
         if thread.name.startswith("in-order"):
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
     assert len(begun) < 1000

@@ -99,7 +99,7 @@ def test_one_view_for_evaluation(store: FakeStore) -> None:
     s.close()
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 def test_arrays_may_be_read_only_and_of_any_layout() -> None:
     base = picture(40, 50)
     frozen = base.copy()

@@ -28,7 +28,7 @@ def test_each_worker_computes_on_one_thread_and_other_threads_keep_theirs() -> N
         workers, seen, together = Workers(2), [], threading.Barrier(2)
 
         def look(item: int) -> None:
-            together.wait(10)  # so that both workers take part
+            together.wait(60)  # so that both workers take part
             seen.append(torch.get_num_threads())
 
         workers.start(2, look).wait()
@@ -63,13 +63,17 @@ def test_a_stopped_job_ends_after_the_items_in_hand() -> None:
 
     def work(item: int) -> None:
         begun.append(item)
-        go.wait(10)
+        assert go.wait(60)
 
     job, behind = workers.start(100, work), workers.start(100, work)
     while len(begun) < 2:
         time.sleep(0.001)
-    threading.Timer(0.05, go.set).start()
-    stop([job, behind])
+    stopping = threading.Thread(target=stop, args=([job, behind],))
+    stopping.start()
+    while not (job.stopped and behind.stopped):
+        time.sleep(0.001)
+    go.set()
+    stopping.join()
     assert len(begun) == 2
     workers.close()
 
@@ -80,14 +84,18 @@ def test_closing_ends_the_threads_and_what_waits_for_them() -> None:
     begun, done = threading.Barrier(3), []
 
     def work(item: int) -> None:
-        begun.wait(10)
-        go.wait(10)
+        begun.wait(60)
+        assert go.wait(60)
         done.append(item)
 
     running, queued = workers.start(2, work), workers.start(2, work)
-    begun.wait(10)  # both threads are in the first job
-    threading.Timer(0.05, go.set).start()
-    workers.close()
+    begun.wait(60)  # both threads are in the first job
+    closing = threading.Thread(target=workers.close)
+    closing.start()
+    while not workers.closed:
+        time.sleep(0.001)
+    go.set()
+    closing.join()
     running.wait()
     assert len(done) == 2
     with pytest.raises(RuntimeError, match="closed while"):

@@ -34,6 +34,7 @@ class BetonStore:
         self.sizes, self.labels = file.sizes, file.labels
         self.encoded = not bool(file.raw.all())
         known = read_sidecar(file) or {}
+        self.verified = bool(known)  # our converter decodes strictly; FFCV's does not
         self.fingerprint: str = known.get("sha256", file.tables_sha256)
         count, named = int(file.labels.max()) + 1, known.get("classes", ())
         fits = len(named) >= count > 0

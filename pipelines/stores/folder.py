@@ -24,6 +24,7 @@ class FolderStore:
         self.index, self.root = index, index.root
         self.sizes, self.labels = index.sizes, index.labels
         self.classes, self.fingerprint = index.classes, index.fingerprint
+        self.verified = index.verified  # every image was decoded strictly
         self._root = os.fsencode(index.root)
 
     @classmethod

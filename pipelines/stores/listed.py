@@ -40,6 +40,7 @@ class ListStore:
     """
 
     encoded = True
+    verified = False  # whether every image was decoded strictly
 
     def __init__(
         self, path: Path, root: Path, listed: Listed, sizes: Sizes, reasons: dict[int, str]
@@ -98,6 +99,7 @@ class ListStore:
         if reasons != before:
             keep(path, partial(_save, key, verify, sizes, reasons))
         store = cls(path, root, listed, sizes, reasons)
+        store.verified = verify
         store._judge(max_bad_share)
         return store
 

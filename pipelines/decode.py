@@ -231,6 +231,8 @@ def _as_bad_image() -> Iterator[None]:
     except (BadImage, MemoryError):
         raise
     except Exception as error:
+        if "memory error" in str(error):  # as Pillow's decoders have it
+            raise MemoryError(str(error)) from error
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 

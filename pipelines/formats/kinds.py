@@ -66,7 +66,8 @@ def kind_of(data: bytes) -> str:
         if data[offset : offset + len(sign)] == sign:
             return _named(what, advice)
     if data[4:8] == b"ftyp":
-        brands = [data[8:12], *(data[i : i + 4] for i in range(16, min(len(data), 64), 4))]
+        end = min(len(data), int.from_bytes(data[:4], "big"), 256)
+        brands = [data[8:12], *(data[i : i + 4] for i in range(16, end, 4))]
         what = next((_BRANDS[brand] for brand in brands if brand in _BRANDS), "a video (MP4, MOV)")
         return _named(what, _TO_JPEG if "image" in what else "extract its frames first")
     if data[:4] == b"RIFF" and data[8:12] in _RIFF:

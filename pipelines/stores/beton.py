@@ -65,7 +65,7 @@ class BetonStore:
         offset = int(self.file.offsets[self._checked(row)])
         if self.file.raw[row]:
             height, width = self.sizes[row].tolist()
-            return self._open.read_pixels(offset, height, width)
+            return self._open.read_pixels(offset, height, width, 3)
         return self._open.read(offset, int(self.file.lengths[row]))
 
     def name(self, row: int) -> str:

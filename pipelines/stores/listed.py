@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import BadImage, DataError
+from pipelines.errors import DataError
 from pipelines.indexfile import Strings, keep, locations, save_columns
 from pipelines.progress import Progress
+from pipelines.reading import read_file, refusal
 from pipelines.scan import Bad, Sizes, measure, open_regular, printable
 from pipelines.stores.listfile import Listed, read_list
 
@@ -115,13 +116,13 @@ class ListStore:
         """The file's bytes.
 
         Raises:
-            BadImage: it is gone or cannot be read.
+            BadImage: it is gone or may not be read.
+            DataError: the system cannot read it.
         """
         try:
-            with open(self._join(row), "rb", buffering=0, opener=open_regular) as file:
-                return file.read()
+            return read_file(self._join(row), open_regular)
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+            raise refusal(error, self.name(row)) from error
 
     def name(self, row: int) -> str:
         """The file's path, with an escape for what cannot be printed."""

@@ -97,7 +97,8 @@ def open_tar_index(
     """
     listed = _Listed.of(data)
     for known in listed.stored():
-        if listed.fits(known) and (known.verified or not verify):
+        refused = any(bad.refused for bad in known.bad)  # which may have passed
+        if listed.fits(known) and (known.verified or not verify) and not refused:
             return known, 0
         verify = verify or known.verified  # what was verified once stays so
     root, paths = listed.root, listed.paths

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines import decode
+from pipelines.cores import worker_threads
 from pipelines.errors import BadImage, DataError
 from pipelines.progress import Progress
 from pipelines.reading import OF_THE_FILE, patiently, refusal
@@ -137,6 +138,12 @@ def _enter_files(
             continue
         out.names.append(entry.name)
         out.stats.extend((info.st_size, info.st_mtime_ns))
+
+
+def default_workers(verify: bool) -> int:
+    """Threads that read images: headers wait for the disk, decoding does not."""
+    cores = worker_threads()
+    return cores if verify else min(32, 4 * cores)
 
 
 def measure(

@@ -21,7 +21,7 @@ from pipelines.errors import DataError
 from pipelines.indexfile import Strings, keep, locations, save_columns
 from pipelines.progress import Progress
 from pipelines.reading import read_file, refusal
-from pipelines.scan import Bad, Sizes, measure, open_regular, printable
+from pipelines.scan import Bad, Sizes, default_workers, measure, open_regular, printable
 from pipelines.stores.listfile import Listed, read_list
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class ListStore:
             todo = sorted(before)
         reasons: dict[int, str] = {}
         if todo:
-            threads = workers or len(os.sched_getaffinity(0)) * (1 if verify else 4)
+            threads = workers or default_workers(verify)
             what = "verifying" if verify else "reading headers"
             paths = [listed.paths[row] for row in todo]
             with Progress(what, len(todo), enabled=progress) as bar:

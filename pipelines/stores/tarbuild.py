@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines import decode
+from pipelines.cores import worker_threads
 from pipelines.errors import BadImage, DataError
 from pipelines.indexfile import Strings, fingerprint, keep, locations
 from pipelines.ordered import in_order
@@ -102,7 +103,7 @@ def open_tar_index(
             return known, 0
         verify = verify or known.verified  # what was verified once stays so
     root, paths = listed.root, listed.paths
-    threads = workers or len(os.sched_getaffinity(0))
+    threads = workers or worker_threads()
     found = _list(paths, threads, progress)
     images = sum(len(samples.names) for samples in found)
     if not images and not any(samples.bad for samples in found):

@@ -51,8 +51,8 @@ def prepare(image: TiffImageFile) -> None:
 def high_bytes(image: TiffImageFile) -> npt.NDArray[np.uint8]:
     """uint8 `[H, W]` of grey with 12 or 16 bits, 0 being black."""
     bits = image.tag_v2.get(_BITS, (16,))[0]
-    grey = (np.asarray(image) >> (bits - 8)).clip(0, 255).astype(np.uint8)
-    return 255 - grey if image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
+    grey: npt.NDArray[np.uint8] = np.clip(np.asarray(image) >> (bits - 8), 0, 255).astype(np.uint8)
+    return ~grey if image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
 
 
 @contextmanager
@@ -71,7 +71,6 @@ def libtiff_errors() -> Iterator[None]:
         raise BadImage(f"corrupt TIFF: {errors[0]}")
 
 
-@_HANDLER
 def _on_error(module: bytes | None, text: bytes | None, arguments: int) -> None:
     buffer = ctypes.create_string_buffer(300)
     ctypes.CDLL(None).vsnprintf(buffer, ctypes.c_size_t(300), text, ctypes.c_void_p(arguments))
@@ -81,6 +80,9 @@ def _on_error(module: bytes | None, text: bytes | None, arguments: int) -> None:
         print(line, file=sys.stderr)
     else:
         errors.append(line)
+
+
+_CALLED = _HANDLER(_on_error)  # has to live as long as libtiff may call it
 
 
 @functools.cache
@@ -93,6 +95,6 @@ def _listen() -> None:
             return
         library: Any = ctypes.CDLL(found[0], mode=os.RTLD_NOLOAD | os.RTLD_NOW)
         library.TIFFSetErrorHandler.restype = ctypes.c_void_p
-        library.TIFFSetErrorHandler(_on_error)
+        library.TIFFSetErrorHandler(_CALLED)
     except (OSError, AttributeError):
         return

@@ -26,7 +26,7 @@ class NpyFile:
         mapped: the array as numpy maps it, C-contiguous; its pixels are not touched.
     """
 
-    def __init__(self, path: Path, mapped: np.memmap[Any, np.dtype[np.uint8]]) -> None:
+    def __init__(self, path: Path, mapped: Any) -> None:
         self.shape, self.dtype, self.ndim = mapped.shape, mapped.dtype, mapped.ndim
         self.nbytes, self._offset = mapped.nbytes, mapped.offset
         self._row = self.nbytes // self.shape[0]
@@ -135,7 +135,8 @@ def _read(
         if loaded.dtype != np.uint8 or not loaded.size or not loaded.ndim:
             return loaded, None, None  # refused, untouched
         if not loaded.flags.c_contiguous:  # images in Fortran's order lie all over the file
-            return np.load(path, allow_pickle=False), None, None
+            loaded = np.ascontiguousarray(np.load(path, allow_pickle=False))
+            return loaded, None, None
         return NpyFile(path, loaded), None, None
     with loaded:
         if "images" not in loaded:

@@ -78,7 +78,7 @@ class OpenFile:
             DataError: as `read`.
         """
         pixels = np.empty(shape, dtype=np.uint8)
-        room, got = memoryview(pixels.reshape(-1)), 0
+        room, got = pixels.reshape(-1).data, 0
         while got < len(room):
             more = self._patiently(partial(self._some_into, room[got:], offset + got))
             if not more:

@@ -145,6 +145,11 @@ def test_one_core_for_eight_ranks(torch_says: Any, monkeypatch: pytest.MonkeyPat
     assert "32 for 8 ranks: 4 each; 8 or more" in doctor_machine.cores(Wanted())[0].what
     monkeypatch.setattr(doctor_machine, "usable_cores", lambda: 128.0)
     assert doctor_machine.cores(Wanted())[0].state == "ok"
+    monkeypatch.setattr(doctor_machine, "usable_cores", lambda: 2.0)
+    monkeypatch.setattr(doctor_machine.os, "sched_getaffinity", lambda pid: set(range(64)))
+    torch_says(CPU_TORCH)
+    (found,) = doctor_machine.cores(Wanted(ranks=1))
+    assert found.state == "ok" and "2 for 1 rank: 2 each by the container's quota" in found.what
 
 
 def test_shared_memory_too_small_for_the_ranks(

@@ -54,6 +54,7 @@ def header(data: bytes) -> tuple[int, int]:
         _check_size(height, width)
         return height, width
     with _open(data) as image:
+        _refuse_kind(image)
         return image.height, image.width
 
 
@@ -256,10 +257,19 @@ def _open(data: bytes) -> Iterator[Image.Image]:
             yield image
 
 
-def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Pillow's decoded image as the policy's RGB."""
+def _refuse_kind(image: Image.Image) -> None:
+    """Raises BadImage for what is known from the header to have no pixels of the policy."""
     if isinstance(image, TiffImageFile):
         tiff.prepare(image)
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F") and not sixteen:
+        raise BadImage(f"32-bit pixels ({image.mode}) have no defined range: convert to 8 bits")
+
+
+def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Pillow's decoded image as the policy's RGB."""
+    _refuse_kind(image)
+    if isinstance(image, TiffImageFile):
         with tiff.libtiff_errors():
             image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -269,8 +279,6 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
         else:
             grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise BadImage(f"32-bit pixels ({image.mode}) have no defined range: convert to 8 bits")
     image.load()
     image.info.pop("transparency", None)  # dropped without Pillow's warning
     return np.array(image.convert("RGB"), dtype=np.uint8)

@@ -15,10 +15,11 @@ DHT, DAC, SOS, DQT, DNL, DRI = 0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD
 START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {DHT, 0xC8, DAC}
 SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1, 0xC9})
 _HUFFMAN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive
+_KNOWN_FRAMES = _HUFFMAN_FRAMES | {0xC9, 0xCA}  # arithmetic coding too
 _STANDALONE = frozenset(range(0xD0, 0xD8)) | {0x01}  # markers without a length
 _LUMA_SAMPLING = frozenset({0x11, 0x21, 0x22, 0x12, 0x41})  # 444 422 420 440 411, chroma at 1x1
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")
-_RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
+_MARKER = re.compile(rb"\xff([^\x00\xff])")
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 _DNL = re.compile(rb"\xff\xdc\x00\x04(..)", re.DOTALL)
 _NO_FRAME = "corrupt JPEG: no frame header before the image data"
 _CUT = "truncated JPEG: the data ends inside the header"
@@ -59,7 +60,7 @@ class Frame:
             return None
         mcus = rows // self.block * self.across
         wanted = -(-mcus // self.interval)
-        for number, found in enumerate(_RESTART.finditer(data, self.scan), start=1):
+        for number, found in enumerate(RESTART.finditer(data, self.scan), start=1):
             if number == wanted:
                 return found.start()
         return None
@@ -77,7 +78,7 @@ def segments(data: bytes, position: int = 2) -> Iterator[Segment]:
         found = _MARKER.search(data, position)
         if found is None:
             raise BadImage(_CUT)
-        junk = found.start() != position
+        junk = bool(data[position : found.start()].strip(b"\xff"))
         marker, body = found[1][0], found.end()
         if marker in _STANDALONE or marker == EOI[1]:
             yield Segment(marker, body - 2, body, junk)
@@ -149,6 +150,10 @@ def _frame_at(
         height, regular = int.from_bytes(stated[1], "big"), False
     if precision != 8:  # no decoder here reads it
         raise BadImage(f"a JPEG of {precision} bits a channel: convert it to 8")
+    if sof not in _KNOWN_FRAMES:
+        raise BadImage("a lossless or hierarchical JPEG: convert it to an ordinary one or to PNG")
+    if components not in (1, 3, 4):
+        raise BadImage(f"a JPEG of {components} channels: convert it to grey, RGB or CMYK")
     usual = sof in _HUFFMAN_FRAMES
     parts = data[start + 10 : start + 10 + 3 * components]
     fast, is_rgb = usual and components == 1, False

@@ -33,7 +33,7 @@ from pipelines.formats.jpeg import (
 from pipelines.formats.jpeg_scan import can_scan, without_left_over
 
 _KEPT = frozenset({DQT, DHT, DRI, DAC}) | START_OF_FRAME
-_NEXT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)  # the marker that ends a scan
+_NEXT = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # the marker that ends a scan
 _LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 _ROUNDS = 64  # places with bytes left over, at most
 _JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
@@ -129,7 +129,7 @@ def _rewritten(data: bytes) -> bytes:
         if found is None:
             parts.append(data[position:].rstrip(b"\xff"))
             break
-        parts.append(data[position : found.start()])
+        parts.append(data[position : found.start()].rstrip(b"\xff"))
         marker = found[1][0]
         if marker == EOI[1]:
             return b"".join([*parts, EOI])

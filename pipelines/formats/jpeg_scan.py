@@ -5,12 +5,10 @@ Only for JPEGs in which libjpeg found bytes left over: a megabyte takes some sec
 
 from __future__ import annotations
 
-import re
 from typing import TypeAlias
 
-from pipelines.formats.jpeg import DHT, SOS, Frame, jpeg_frame, segments
+from pipelines.formats.jpeg import DHT, RESTART, SOS, Frame, jpeg_frame, segments
 
-_RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
 _MOST = 1 << 20  # bytes
 
 Codes: TypeAlias = list[tuple[int, int] | None]  # by 16 bits: length of the code, its symbol
@@ -41,7 +39,7 @@ def without_left_over(data: bytes) -> bytes | None:
     end = data.rfind(b"\xff\xd9")
     scan = data[frame.scan : end]
     blocks = _blocks(data, frame)
-    pieces = _RESTART.split(scan)
+    pieces = RESTART.split(scan)
     total = frame.across * -(-frame.height // frame.block)
     each = frame.interval or total
     if blocks is None or len(pieces) // 2 + 1 != -(-total // each):
@@ -60,7 +58,7 @@ def without_left_over(data: bytes) -> bytes | None:
 
 def _used(piece: bytes, blocks: Blocks, mcus: int) -> bytes | None:
     """The part of a restart interval that its MCUs take; None where that is in doubt."""
-    bits = piece.replace(b"\xff\0", b"\xff")
+    bits = piece.rstrip(b"\xff").replace(b"\xff\0", b"\xff")  # without fill bytes
     stop = _walk(bits, 0, blocks, mcus * len(blocks))
     if stop is None:
         return None

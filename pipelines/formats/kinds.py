@@ -48,6 +48,16 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\0\5\x16\7", "a macOS resource file without the image itself", _NOT),
     (0, b"\xd0\xcf\x11\xe0", "a Windows thumbnail cache or Office document", _NOT),
 )
+# Formats that are read, where Pillow did not recognise the image.
+_UNREADABLE = (
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"RIFF", "WebP"),
+)
 # The brand of an ISO media file (`....ftypBRAND`).
 _BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "an AVIF image"),
@@ -72,6 +82,9 @@ def kind_of(data: bytes) -> str:
         return _named(what, _TO_JPEG if "image" in what else "extract its frames first")
     if data[:4] == b"RIFF" and data[8:12] in _RIFF:
         return _named(_RIFF[data[8:12]], _NOT)
+    for sign, name in _UNREADABLE:
+        if data.startswith(sign):
+            return f"a {name} that is damaged, or of a kind that is not read: {_TO_JPEG}"
     head = data[:256].removeprefix(b"\xef\xbb\xbf")
     if _JSON.match(head):
         return _named("JSON text", f"it may be a server's error message; {_NOT}")

@@ -79,11 +79,12 @@ def _check_stream(stream: bytes, header: _Header) -> None:
     most = header.height * (header.width * bits // 8 + 2) + 7 * (header.height + 1)  # 7 passes
     inflate = zlib.decompressobj()
     try:
-        inflate.decompress(stream, most)
-        whole = inflate.eof
+        while stream and not inflate.eof and most > 0:
+            most -= len(inflate.decompress(stream, 1 << 20))
+            stream = inflate.unconsumed_tail
     except zlib.error:
-        whole = False
-    if not whole:
+        pass  # as it is not at its end
+    if not inflate.eof:
         raise BadImage("corrupt PNG: the image data are truncated or have another checksum")
 
 

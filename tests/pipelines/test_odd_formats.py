@@ -244,6 +244,7 @@ TAR = io.BytesIO(bytes(257) + b"ustar" + bytes(300)).getvalue()
         (TAR, "tar archive"),
         (b"\0\5\x16\7" + bytes(99), "macOS"),
         (b"404: Not Found", "plain text"),
+        (b"II*\0" + bytes(30), "a TIFF that is damaged, or of a kind that is not read"),
         (b"\x07\x05\x99\x88", "no image of a known format"),
     ],
 )

@@ -22,7 +22,7 @@ OF_THE_FILE = frozenset(
     }
 )
 PAUSES = (0.05, 0.5, 2.0)  # s before each further try
-_NO_HANDLES = (errno.EMFILE, errno.ENFILE)
+NO_HANDLES = (errno.EMFILE, errno.ENFILE)
 
 
 def patiently(read: Callable[[], T], again: Callable[[], None] | None = None) -> T:
@@ -57,7 +57,7 @@ def refusal(error: OSError, path: str) -> BadImage | DataError:
         return BadImage(f"cannot be read: {reason}")
     name = errno.errorcode.get(error.errno or 0, "OSError")
     text = f"{path} cannot be read: {reason} ({name}), {len(PAUSES) + 1} times"
-    if error.errno in _NO_HANDLES:
+    if error.errno in NO_HANDLES:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return DataError(f"{text}: raise the limit of {limit} open files (ulimit -n 4096)")
     return DataError(f"{text}: check the disk or server that it lies on, then repeat the command")

@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 import numpy as np
 
 from pipelines.errors import DataError
-from pipelines.reading import handles, patiently, refusal
+from pipelines.reading import NO_HANDLES, handles, patiently, refusal
 from pipelines.scan import open_regular, printable
 from pipelines.stores import Images
 
@@ -160,7 +160,7 @@ class OpenFiles:
                 self._held[number] = file
                 return file
         try:
-            file = OpenFile(self.paths[number])
+            file = self._open(number)
         except OSError as error:
             raise refusal(error, printable(self.paths[number])) from error
         with self._lock:
@@ -168,3 +168,14 @@ class OpenFiles:
             while len(self._held) > self.most:
                 del self._held[next(iter(self._held))]  # closed when no thread reads it
         return file
+
+    def _open(self, number: int) -> OpenFile:
+        try:
+            return OpenFile(self.paths[number])
+        except OSError as error:
+            if error.errno not in NO_HANDLES:
+                raise
+        with self._lock:  # the rest of the process needs more than was left to it
+            self.most = max(1, len(self._held) // 2)
+            self._held.clear()
+        return OpenFile(self.paths[number])

@@ -12,6 +12,7 @@ from pipelines import decode
 from pipelines.conversion.storage import Storage
 from pipelines.errors import BadImage
 from pipelines.sources import FILL
+from pipelines.sources.reader import Reader
 from pipelines.sources.torch_source import TorchSource
 from tests.pipelines.fake_store import FakeStore, encoded, picture, rows_of
 
@@ -241,3 +242,21 @@ def test_every_source_shows_the_odd_and_refuses_the_damaged(backend: str) -> Non
         assert bool((shown[:, row] == shown[:, -1]).all()), ODD[row]
     assert set(source.bad) == set(range(len(good), len(good + bad)))
     assert bool((shown[:, len(good) : -1].reshape(-1, 3) == shown.new_tensor(FILL)).all())
+
+
+def test_what_was_verified_is_not_decoded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FakeStore([jpeg("baseline")] * 2, [PHOTO.shape[:2]] * 2)
+    judged: list[bytes] = []
+
+    def sound(data: bytes) -> bytes:
+        judged.append(data)
+        return data
+
+    monkeypatch.setattr("pipelines.sources.reader.sound", sound)
+    reader = Reader(store)
+    for row in (0, 1, 0, 1):
+        reader.whole(row, jpeg("baseline"))
+    assert len(judged) == 2  # once each
+    store.verified = True  # type: ignore[attr-defined]
+    Reader(store).whole(0, jpeg("baseline"))
+    assert len(judged) == 2

@@ -259,6 +259,19 @@ def test_no_more_shards_are_held_open_than_the_limit_allows(
     assert len(os.listdir("/proc/self/fd")) < few_handles - 5
 
 
+def test_shards_are_closed_where_the_process_needs_the_handles(
+    tmp_path: Path, few_handles: int
+) -> None:
+    paths = [tmp_path / str(number) for number in range(60)]
+    for path in paths:
+        path.write_bytes(b"0123456789")
+    files = OpenFiles(paths)
+    files.most = 512  # as under a limit that was higher
+    for number in range(60):
+        assert files[number].read(2, 3) == b"234"
+    assert files.most < 60
+
+
 def test_errors_of_a_file_stay_its_own(tmp_path: Path) -> None:
     data = data_set("folder", tmp_path)
     store = opened(data)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.cores import limit_torch_threads
+
 TIMEOUT = "BYOL_FAST_TIMEOUT"  # environment variable: seconds a rank may be waited for in a step
 _SECONDS = 300.0  # unless it is set
 PATIENCE = timedelta(hours=6)  # of waiting for rank 0 to index, verify or evaluate
@@ -114,6 +116,7 @@ def start(device: str = "auto") -> World:
                 )
             device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
+    limit_torch_threads()
     where = torch.device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(0, 1, where)

@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 from pipelines.conversion.betoncheck import check_beton, check_text
 from pipelines.conversion.runner import convert
 from pipelines.conversion.storage import MODES, Storage
+from pipelines.cores import worker_threads
 from pipelines.errors import DataError
 from pipelines.index import positive
 
@@ -110,7 +110,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.data = Path(args.data)
     elif args.out is None:
         parser.error("name the file to write: DIR OUT.beton")
-    args.workers = args.workers or len(os.sched_getaffinity(0))
+    args.workers = args.workers or worker_threads()
     return args
 
 

@@ -30,7 +30,7 @@ class Subset:
         classes: tuple[str, ...] | None = None,
     ) -> None:
         self._store, self._ids = store, np.asarray(ids, dtype=np.int64)
-        self.encoded = store.encoded
+        self.encoded, self.verified = store.encoded, getattr(store, "verified", False)
         self.sizes = np.asarray(store.sizes)[self._ids]
         self.labels = np.asarray(store.labels[self._ids] if labels is None else labels, np.int32)
         self.classes = store.classes if classes is None else classes

@@ -125,6 +125,8 @@ class _Job:
             return self.storage(self.store.read(row))
         except BadImage as error:
             return error
+        except (DataError, MemoryError):
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"{self.store.name(row)} could not be converted: {type(error).__name__}: {error}"

@@ -201,9 +201,13 @@ def left_out(images: int) -> list[str]:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that `--device` names; ValueError where there is none."""
+    """The device that `--device` names, torch's threads limited to the usable cores; ValueError
+    where there is none."""
     import torch
 
+    from pipelines.cores import limit_torch_threads
+
+    limit_torch_threads()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

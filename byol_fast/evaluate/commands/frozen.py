@@ -195,6 +195,6 @@ def open_benchmark(args: argparse.Namespace) -> Frozen:
 
 def default_jobs() -> int:
     """Every core this process may use."""
-    import os
+    from pipelines.cores import worker_threads
 
-    return len(os.sched_getaffinity(0))
+    return worker_threads()

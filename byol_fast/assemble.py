@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,22 +119,37 @@ def _describe(folder: RunFolder, resolved: Resolved, data: Data, trainer: Traine
 def _open_folder(
     folder: RunFolder, world: World, stack: contextlib.ExitStack
 ) -> dict[str, Any] | None:
-    """Rank 0 takes the folder and finds the newest whole checkpoint; all ranks load that one."""
+    """Rank 0 takes the folder and finds the newest whole checkpoint; all ranks load that one.
+
+    Raises:
+        CheckpointError: on every rank, if one of them cannot load it.
+    """
     state: dict[str, Any] | None = None
     error: Exception | None = None
     if world.is_main:
         try:
             stack.enter_context(folder)
             _prepare(folder)
-            state = checkpoint.latest(folder.checkpoints, map_location=world.device)
+            state = checkpoint.latest(
+                folder.checkpoints, map_location=world.device, rename_damaged=True
+            )
         except (ValueError, CheckpointError) as caught:
             error = caught
     step, error = world.share((state and state["step"], error))
     if error is not None:
         raise error
-    if step is None or world.is_main:
-        return state
-    return checkpoint.load(checkpoint.path_of(folder.checkpoints, step), map_location=world.device)
+    if step is None:
+        return None
+    if not world.is_main:
+        path = checkpoint.path_of(folder.checkpoints, step)
+        try:
+            state = checkpoint.load(path, map_location=world.device)
+        except CheckpointError as caught:
+            error = CheckpointError(f"rank {world.rank} on {platform.node()}: {caught}")
+    errors = world.gather(error, patient=True)  # before one of them waits for the others
+    if error := next((each for each in errors if each is not None), None):
+        raise error
+    return state
 
 
 def _prepare(folder: RunFolder) -> None:

@@ -21,6 +21,10 @@ class CheckpointError(RuntimeError):
     """No checkpoint can be loaded; the message names the files and what is wrong with each."""
 
 
+class UnreadableError(CheckpointError):
+    """The system could not read a checkpoint (permission, I/O error): it may be whole."""
+
+
 class SaveError(OSError):
     """A checkpoint was not written; the message has path, cause and mend."""
 

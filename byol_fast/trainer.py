@@ -129,7 +129,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "probe": self.probe.state_dict() if self.probe else {},
-            "seconds": self.clock.seconds,
+            "seconds": self.clock.so_far,  # its steps reach beyond the last line of the log
             "skipped_steps": self.nonfinite.total,
             "evaluation_owed": self.measuring.owed,
             **self.identity,

@@ -35,3 +35,7 @@ class Diverged(RuntimeError):
 
 class Preempted(RuntimeError):
     """A signal asked the run to end; a checkpoint of the last step, if any, has been written."""
+
+
+class OutOfMemory(RuntimeError):
+    """A step does not fit into memory; the message names what does, where that is known."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 _WORDS = (
@@ -23,3 +25,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def release(device: torch.device) -> None:
+    """Give back what is held but not used, after an error that has been dealt with."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

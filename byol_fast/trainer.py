@@ -113,6 +113,7 @@ class Trainer:
             "seconds": self.clock.so_far,  # its steps reach beyond the last line of the log
             "skipped_steps": self.nonfinite.total,
             "evaluation_owed": self.measuring.owed,
+            "evaluations_failed": self.measuring.failed,
             **self.identity,
         }
 
@@ -133,6 +134,7 @@ class Trainer:
         self.saving.resumed(self.step)
         self.nonfinite.total = state.get("skipped_steps", 0)
         self.measuring.owed = state.get("evaluation_owed", False)
+        self.measuring.failed = state.get("evaluations_failed", 0)
         self.clock, self._seconds_before = Clock(state["seconds"], self.step), state["seconds"]
 
     @property

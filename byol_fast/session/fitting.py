@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 
 from byol_fast import norm
 from byol_fast.compiled import as_they_stand, try_out
 from byol_fast.distributed import World
-from byol_fast.memory import is_out_of_memory
+from byol_fast.memory import is_out_of_memory, release
 from byol_fast.model import BYOL
 from byol_fast.session.split import Split
 
@@ -58,9 +56,7 @@ def _fits(
     dtype: torch.dtype,
     autocast_dtype: torch.dtype | None,
 ) -> bool:
-    gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(world.device)
     try:
         try_out(model, as_they_stand(model), images, image_size, dtype, autocast_dtype)
     except RuntimeError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from faults.harness import SMALL
 from support import final
+
+from byol_fast.watching import metrics
 
 # A convolution has memory for so many rows; only in training, on one rank, from some step on.
 LIMIT = """
@@ -77,3 +80,44 @@ def test_f26_out_of_memory_in_the_trial_ends_all_ranks(runs, tmp_path: Path, ran
     assert f"out of memory in the trial before training, rank {ranks - 1}: " in run.said
     assert "use --input.accumulate 2" in run.said
     assert "Traceback" not in run.said and "torch.compile failed" not in run.said
+
+
+NO_MEMORY_TO_EVALUATE = """
+import torch
+from byol_fast.watching import online_eval
+def measure(self, backbone, probe=None):
+    raise {error}
+online_eval.OnlineEvaluation.measure = measure
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("ranks", "error"),
+    [
+        (1, "MemoryError()"),
+        (2, "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9.00 GiB.')"),
+    ],
+)
+def test_f26_an_evaluation_without_memory_is_left_out_and_counted(
+    runs, tmp_path: Path, ranks: int, error: str
+):
+    """It ended the run, and so it did again after each resume."""
+    out, words = tmp_path / "run", (*SMALL, "--eval-every", "1")
+    fault = NO_MEMORY_TO_EVALUATE.format(error=error)
+    run = runs(out, *words, "--max-steps", 8, ranks=ranks, fault=fault)
+    assert run.wait() == 0, run.said
+    run = runs(out, *words, ranks=ranks, fault=fault)  # begins with the one it owes
+    assert run.wait() == 0, run.said
+    assert set(run.codes.values()) == {0} and "Traceback" not in run.said
+    assert final(out)["step"] == 24 and run.status["state"] == "done"
+    events = metrics.read(out / "metrics.jsonl").events
+    texts = [e.text for e in events if "not evaluated" in e.text]
+    assert "the untrained network was not evaluated (1 evaluations left out so far)" in texts[0]
+    assert all("out of memory" in text for text in texts)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["evaluations_left_out"] == len(texts) == 5  # before, 8 twice, 16, 24
+    assert "knn_trained" not in summary
+    again = runs(out, *words, ranks=ranks)  # with memory the last one is made up for
+    assert again.wait() == 0, again.said
+    assert "knn_trained" in json.loads((out / "summary.json").read_text())

@@ -32,6 +32,12 @@ from pipelines.pipeline import ViewPipeline, build
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = {
+    "bf16": "convolutions and matrix products in bf16, statistics, loss and updates in fp32",
+    "fp16": "convolutions and matrix products in fp16 with a loss scale, the rest in fp32",
+    "tf32": "fp32, with operands that a GPU rounds to TF32 (10 bits of mantissa)",
+    "fp32": "fp32 throughout, without TF32",
+}
 OUTPUT_SIZE = 256  # of projector and predictor, as in the paper
 
 
@@ -66,6 +72,7 @@ def assemble(
         threads=config.input.threads,
     )
     plan = _run_plan(resolved, world)
+    log.info("precision %s: %s", plan.precision, PRECISIONS[plan.precision])
     runlog = monitor.RunLog(
         folder.path,
         rank=world.rank,
@@ -155,7 +162,7 @@ def _views_dtype(config: Config, world: World) -> torch.dtype:
 def build_model(config: Config, world: World) -> BYOL:
     """The two networks of a run, on the rank's device. Raises ValueError as `BYOL` does."""
     torch.manual_seed(config.seed)  # the same weights on every rank
-    torch.set_float32_matmul_precision("high")
+    _set_float32(_precision(config.run.precision, world))
     torch.backends.cudnn.benchmark = True
     given, sizes = config.model, (config.model.hidden_size, OUTPUT_SIZE)
     model = BYOL(
@@ -224,6 +231,16 @@ def _run_plan(resolved: Resolved, world: World) -> RunPlan:
         stop_collapsed=config.monitor.stop_collapsed,
         stop_nonfinite=config.monitor.stop_nonfinite,
     )
+
+
+def _set_float32(precision: str) -> None:
+    """What a GPU does with fp32 operands: under fp32 it does not round them to TF32.
+
+    torch's own default rounds those of convolutions, and not those of matrix products.
+    """
+    tf32 = precision != "fp32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def _precision(asked: str, world: World) -> str:

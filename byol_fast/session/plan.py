@@ -16,7 +16,7 @@ class RunPlan:
     target_decay: float  # τ at step 0
     global_batch: int
     seed: int
-    precision: str  # fp32 | bf16 | fp16
+    precision: str  # fp32 | tf32 | bf16 | fp16
     stop_after: int  # this session trains no further; the schedules still end at total_steps
     log_every: int  # steps
     eval_every: int  # epochs; 0: only before the first and after the last step

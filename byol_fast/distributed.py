@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.cores import limit_torch_threads
@@ -169,6 +171,34 @@ def statistics_group(word: str, world: World) -> bool | dist.ProcessGroup:
         if world.rank in ranks and len(ranks) > 1:
             own = cast(dist.ProcessGroup, group)
     return own
+
+
+@contextmanager
+def on_its_own(world: World, groups: Iterable[dist.ProcessGroup]) -> Iterator[None]:
+    """A block in which compiled code reduces over `groups` on this rank alone, without a message.
+
+    Compiled code finds a group by its name when it runs, so that for a while the name can stand for
+    a group of one. A rank that fails in the block leaves no other rank waiting.
+    """
+    groups = list(groups)
+    if not groups:
+        yield
+        return
+    alone = dist.new_group([world.rank], use_local_synchronization=True)
+    assert isinstance(alone, dist.ProcessGroup)
+    try:
+        for group in groups:
+            _let_name_stand_for(group.group_name, alone)
+        yield
+    finally:
+        for group in groups:
+            _let_name_stand_for(group.group_name, group)
+        dist.destroy_process_group(alone)
+
+
+def _let_name_stand_for(name: str, group: dist.ProcessGroup) -> None:
+    _unregister_process_group(name)
+    _register_process_group(name, group)
 
 
 def stop() -> None:

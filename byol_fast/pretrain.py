@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from byol_fast.cli import PretrainCall, pretrain_arguments
 from byol_fast.config import Config
-from byol_fast.errors import CheckpointError, Diverged, Exit, Preempted, SaveError
+from byol_fast.errors import CheckpointError, Diverged, Exit, OutOfMemory, Preempted, SaveError
 from byol_fast.session.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -66,9 +66,13 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
     except DataError as error:
         return _failed(Exit.DATA, error)
     except (_Mistake, MissingBackend) as error:
+        notes.report(error)  # it may be this rank's alone, and the others wait for it
         return _failed(Exit.USAGE, error)
     except CheckpointError as error:
         return _failed(Exit.NO_CHECKPOINT, error)
+    except OutOfMemory as error:
+        notes.report(error)
+        return _failed(Exit.FAILED, error)
     except SaveError as error:
         return _failed(Exit.FAILED, error)
     except Diverged as error:

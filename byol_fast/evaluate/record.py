@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def result_path(out: Path | None, weights: Weights, recipe: str, fingerprint: str) -> Path:
-    """`out`, or a file beside the weights that has recipe and test data in its name.
+    """`out`, or a file in the weights' folder that has recipe and test data in its name.
 
     Raises:
         ValueError: it could not be written there; better known before an hour of training.
     """
     name = f"{weights.file.stem}.{recipe}-{fingerprint[:8]}.json"
-    where = Path(out or weights.file.with_name(name))
+    where = Path(out or weights.folder / name)
     where.parent.mkdir(parents=True, exist_ok=True)
     if where.is_dir() or not os.access(where.parent, os.W_OK):
         raise ValueError(f"the result cannot be written to {where}: name a file with --out")

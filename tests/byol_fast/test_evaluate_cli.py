@@ -14,6 +14,7 @@ from PIL import Image
 from byol_fast import checkpoint, export
 from byol_fast.errors import Exit
 from byol_fast.evaluate.__main__ import main
+from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.published import Published
 from byol_fast.evaluate.table import Row, render
 from byol_fast.networks.backbone import build_backbone
@@ -67,6 +68,10 @@ def weights(original, tmp_path):
 
 def run(*words) -> int:
     return main([str(word) for word in words] + ["--device", "cpu", "--threads", "2"])
+
+
+def abouts(weights):
+    return weights.parent.glob("feature-cache/*/about.json")
 
 
 def result_of(weights):
@@ -198,6 +203,55 @@ def test_images_that_vanish_are_counted(weights, tmp_path, capsys):
     assert run("knn", "--weights", weights, "--data", root, *again) == Exit.DONE
     assert "1 images could not be decoded" in capsys.readouterr().out
     assert result_of(weights)["undecodable"] == 1
+
+
+def test_weights_replaced_meanwhile_are_not_taken_for_those_that_were_loaded(
+    weights, data, tmp_path, monkeypatch
+):
+    """A pretraining goes on beside the evaluation and writes its next export."""
+    first, newer = checkpoint.file_hash(weights), tmp_path / "newer"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["conv1.weight"] += 1
+    with safetensors.safe_open(weights, framework="pt") as file:
+        safetensors.torch.save_file(tensors, newer, metadata=file.metadata())
+    second, open_labelled = checkpoint.file_hash(newer), common.open_labelled
+
+    def replaced(args):
+        if newer.exists():
+            os.replace(newer, weights)
+        return open_labelled(args)
+
+    monkeypatch.setattr(common, "open_labelled", replaced)
+    for digest in (first, second):
+        words = ("--weights", weights, "--data", data, "--k", 5)
+        assert run("knn", *words) == Exit.DONE
+        result = result_of(weights)
+        assert result["weights"]["sha256"] == digest
+        assert result["images_per_second"] is not None  # nothing came out of the other's cache
+    kept = {json.loads(path.read_text())["network"]["weights"] for path in abouts(weights)}
+    assert kept == {first, second}
+
+
+def test_weights_rotated_away_do_not_end_an_evaluation(weights, data, tmp_path, monkeypatch):
+    run_folder, open_labelled = tmp_path / "run", common.open_labelled
+    loaded = export.read_weights(weights)
+    model = {f"online.encoder.backbone.{key}": value for key, value in loaded.tensors.items()}
+    path = checkpoint.save(
+        run_folder / "checkpoints", 3, {"model": model, "hyper": {**loaded.meta}}
+    )
+    digest = checkpoint.file_hash(path)
+
+    def rotated(args):
+        checkpoint.save(run_folder / "checkpoints", 4, {"model": {}}, keep=1)
+        return open_labelled(args)
+
+    monkeypatch.setattr(common, "open_labelled", rotated)
+    words = ("--weights", run_folder, "--data", data, "--epochs", 1, "--batch-size", 24)
+    assert run("linear", *words) == Exit.DONE
+    (where,) = run_folder.glob("step-00000003.linear-paper-*.json")  # not beside the checkpoints
+    assert json.loads(where.read_text())["weights"]["sha256"] == digest
+    assert (run_folder / "feature-cache").is_dir()
+    assert not list((run_folder / "checkpoints").glob("*linear*"))
 
 
 def test_as_a_module_it_answers_help_without_torch():

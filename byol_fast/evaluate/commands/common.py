@@ -138,7 +138,7 @@ def open_cache(args: argparse.Namespace, network: Network) -> FeatureCache:
     from byol_fast.evaluate.cache import FeatureCache
 
     weights = network.weights
-    beside = weights.file.with_name("feature-cache")
+    beside = weights.folder / "feature-cache"
     described = {
         "weights": weights.sha256,
         "backbone": args.backbone or weights.meta.get("backbone"),

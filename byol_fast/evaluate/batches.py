@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from byol_fast.evaluate.decoding import open_pinned
 from byol_fast.evaluate.recipes import Recipe
 from pipelines.augment import choose
-from pipelines.pipeline import open_source
 from pipelines.plan import Rows, RowStream
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store
@@ -60,7 +60,7 @@ class TrainingBatches:
         )
         self._labels = torch.as_tensor(store.labels, dtype=torch.int64)
         self._augment = choose(self._spec, device)
-        self._source = open_source(store, spec.image_size, device, backend=backend, threads=threads)
+        self._source = open_pinned(store, spec.image_size, device, backend=backend, threads=threads)
 
     @property
     def steps_per_epoch(self) -> int:

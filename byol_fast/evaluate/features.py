@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from byol_fast.evaluate.decoding import open_pinned
 from pipelines.augment import reference
 from pipelines.crops import Windows
 from pipelines.errors import DataError
-from pipelines.pipeline import open_source
 from pipelines.plan import Rows, centre_windows
 from pipelines.progress import Progress
 from pipelines.spec import AugmentSpec, Colour
@@ -156,7 +156,7 @@ def stream(
     device = torch.device(device)
     spec = replace(spec or AugmentSpec(), image_size=image_size)
     backbone = backbone.to(device)
-    source = open_source(store, image_size, device, backend=backend, threads=threads)
+    source = open_pinned(store, image_size, device, backend=backend, threads=threads)
     meter = Progress(label, len(store) - start, enabled=progress)
     try:
         with evaluating(backbone), meter:

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from byol_fast.evaluate.cache import FeatureCache
+from byol_fast.evaluate.decoding import open_pinned
 from byol_fast.evaluate.features import Features, evaluating, extract, inference
 from byol_fast.evaluate.head import HeadTrainer, batches, top_k
 from byol_fast.evaluate.protocols import MMPRETRAIN, PAPER, QUICK, Protocol
 from byol_fast.evaluate.recipes import CROP_AND_FLIP
 from byol_fast.evaluate.resume import Resume
 from pipelines.augment import choose
-from pipelines.pipeline import open_source
 from pipelines.plan import Rows, RowStream, total_steps
 from pipelines.progress import Progress
 from pipelines.spec import AugmentSpec
@@ -177,7 +177,7 @@ def _train_on_images(
         trainer, start = make(state["head"]["weight"].shape[1]), state["done"]
         trainer.load(state)
     began = time.perf_counter()
-    source = open_source(train, spec.image_size, device, backend=backend, threads=threads)
+    source = open_pinned(train, spec.image_size, device, backend=backend, threads=threads)
     todo = (total - start) * protocol.batch_size
     meter = Progress("linear training", todo, enabled=progress)
     pending: deque[Rows] = deque()

@@ -32,6 +32,8 @@ def result_path(out: Path | None, weights: Weights, recipe: str, fingerprint: st
 
 def provenance(args: argparse.Namespace, network: Network, labelled: Labelled) -> dict[str, Any]:
     """What the figures belong to: weights, images, machine, versions."""
+    from byol_fast.evaluate import decoding
+
     about_data = {
         "train": args.data,
         "train_fingerprint": labelled.train.fingerprint,
@@ -40,7 +42,8 @@ def provenance(args: argparse.Namespace, network: Network, labelled: Labelled) -
         "tested_on": labelled.source,
         "classes": len(labelled.classes),
     }
-    return {**about(args, network), "data": about_data}
+    reading = decoding.described(network.backend, labelled.test, network.device)
+    return {**about(args, network), "reading": reading, "data": about_data}
 
 
 def about(args: argparse.Namespace, network: Network) -> dict[str, Any]:

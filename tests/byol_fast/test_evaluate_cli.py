@@ -93,6 +93,8 @@ def test_knn_prints_a_table_and_writes_the_result(weights, data, capsys):
     assert result["weights"]["backbone"] == "resnet18"
     assert result["mean"] == [0.4, 0.5, 0.6] and result["std"] == [0.3, 0.2, 0.1]
     assert result["protocol"] == {"name": "knn", "k": [10, 20, 100, 200], "temperature": 0.07}
+    assert result["reading"]["backend"] == "torch"
+    assert result["reading"]["resizing"] == "bicubic, antialiased (torch, uint8)"
     assert result["images"] == {"train": 48, "test": 12} and result["image_size"] == 32
     assert result["data"]["classes"] == 3 and len(result["data"]["train_fingerprint"]) == 64
     assert result["top1"]["10"] > 0.9  # colours survive random weights

@@ -25,7 +25,12 @@ def weights_flags(parser: argparse.ArgumentParser) -> None:
     network_flags(parser)
     add = parser.add_argument
     add("--image-size", type=int, help="pixels; else as trained, else 224")
-    add("--backend", default="auto", choices=["auto", "torch", "dali", "ffcv"], help="who decodes")
+    add(
+        "--backend",
+        default="auto",
+        choices=["auto", "torch", "dali", "ffcv"],
+        help="who decodes; auto: torch, on every machine",
+    )
 
 
 def network_flags(parser: argparse.ArgumentParser) -> None:

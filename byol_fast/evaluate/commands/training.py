@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,17 +174,16 @@ class Job:
 
     def about(self, store: Store, recipe: Recipe) -> dict[str, Any]:
         """What a training's outcome depends on."""
+        from byol_fast.evaluate import decoding
+
         return {
             "recipe": asdict(recipe),
-            "weights": self._sha256,
+            "weights": self.network.weights.sha256,
             "images": store.fingerprint,
+            "reading": decoding.described(self.network.backend, store, self.network.device),
             "image size": self.network.image_size,
             "seed": self.args.seed,
         }
-
-    @cached_property
-    def _sha256(self) -> str:
-        return self.network.weights.sha256  # reads the whole file
 
     def folder_of(self, part: str) -> Path:
         """Of the checkpoints of one training."""

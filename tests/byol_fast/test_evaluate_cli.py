@@ -204,7 +204,17 @@ def test_images_that_vanish_are_counted(weights, tmp_path, capsys):
     again = ("--k", 3, "--no-cache")  # which goes by the folder's index, as the index does
     assert run("knn", "--weights", weights, "--data", root, *again) == Exit.DONE
     assert "1 images could not be decoded" in capsys.readouterr().out
-    assert result_of(weights)["undecodable"] == 1
+    result = result_of(weights)
+    assert result["undecodable"] == 1 and sum(map(len, result["undecodable_images"].values())) == 1
+    for path in weights.parent.glob("*.json"):
+        path.unlink()
+    everything = ("--test-data", class_folders(tmp_path / "test", 2, seed=1), "--epochs", 1)
+    words = ("--weights", weights, "--data", root, *everything, "--batch-size", 10)
+    assert run("linear", *words) == Exit.DONE  # also those that are trained on
+    result, out = result_of(weights), capsys.readouterr().out
+    assert "red/3.png: " in out and "(train)" in out and result["images"]["train"] == 29
+    (named,) = result["undecodable_images"]["train"]
+    assert named.endswith("red/3.png") and result["undecodable"] == 1
 
 
 def test_weights_replaced_meanwhile_are_not_taken_for_those_that_were_loaded(

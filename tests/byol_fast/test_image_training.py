@@ -24,6 +24,7 @@ from pipelines.errors import DataError
 from pipelines.plan import EpochPlan
 from pipelines.spec import AugmentSpec
 from pipelines.stores import open_store
+from tests.byol_fast.networks import NoGrey, Unreadable
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = AugmentSpec(image_size=16)
@@ -242,7 +243,7 @@ def test_measuring_knows_a_perfect_and_a_wrong_classifier():
 
     spec = AugmentSpec(mean=(0.0,) * 3, std=(1.0,) * 3)
     each, tested, bad = scores.measure(Colour(), store, 3, image_size=16, spec=spec, threads=1)
-    assert [s.top1 for s in each[:2]] == [1.0, 0.0] and (tested, bad) == (30, 0)
+    assert [s.top1 for s in each[:2]] == [1.0, 0.0] and (tested, bad) == (30, {})
     assert each[2].top1 == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="lower rate"):
         scores.measure(
@@ -345,6 +346,38 @@ def test_mistakes_are_named():
         train(tiny(), squares(24), replace(SHORT, base_lr=1e30))
 
 
+BROKEN = (3, 7, 20, 28)
+
+
+def test_images_that_cannot_be_decoded_are_not_trained_on(caplog):
+    module = heads.FineTuned(NoGrey(), 3, 3)
+    store = Unreadable(squares(30), BROKEN)
+    result = train(module, store, replace(SHORT, steps=6))
+    assert result.bad == dict.fromkeys(BROKEN, "gone") and np.isfinite(result.final_loss)
+    assert "4 images could not be decoded and are left out: images[3]: gone" in caplog.text
+    with pytest.raises(DataError, match="none of the 12 images of a training batch"):
+        train(tiny(), Unreadable(squares(30), range(30)), replace(SHORT, steps=6))
+
+
+def test_images_left_out_before_an_interruption_stay_counted(tmp_path, monkeypatch):
+    store = Unreadable(squares(30), BROKEN)
+    recipe = replace(SHORT, steps=5)  # the last two steps see most images, not all
+    whole = train(tiny(), store, recipe)
+    resume = Progressing(folder=tmp_path, about={}, every=0.0)
+    look = finetune._Run.look
+
+    def stopped(self, stop):
+        look(self, stop)
+        if self.step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune._Run, "look", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), store, recipe, resume=resume)
+    monkeypatch.setattr(finetune._Run, "look", look)
+    assert train(tiny(), store, recipe, resume=resume).bad == whole.bad
+
+
 WORKER = """
 import json, sys, torch
 sys.path[:0] = [sys.argv[2], sys.argv[3]]
@@ -353,8 +386,11 @@ import test_image_training as t
 world = distributed.start("cpu")
 module = t.tiny()
 result = t.train(module, t.squares(30), t.replace(t.SHORT, steps=6), world=world)
+broken = t.Unreadable(t.squares(30), t.BROKEN)
+left_out = t.train(t.tiny(), broken, t.replace(t.SHORT, steps=6), world=world).bad
 if world.is_main:
-    torch.save(module.state_dict(), sys.argv[1])
+    kept = {**module.state_dict(), "loss": result.final_loss, "bad": sorted(left_out)}
+    torch.save(kept, sys.argv[1])
 distributed.stop()
 """
 
@@ -372,11 +408,13 @@ def test_two_ranks_train_what_one_does(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    train(alone := tiny(), squares(30), replace(SHORT, steps=6))
+    one = train(alone := tiny(), squares(30), replace(SHORT, steps=6))
     two = torch.load(tmp_path / "out.pt", weights_only=True)
     for key, value in alone.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             assert torch.allclose(two[key], value, atol=1e-4), key
+    assert two["loss"] == pytest.approx(one.final_loss, rel=1e-4)  # not of rank 0's share alone
+    assert two["bad"] == list(BROKEN)  # whichever rank met them
 
 
 # -- few labels

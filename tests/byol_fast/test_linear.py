@@ -19,6 +19,7 @@ from pipelines.plan import EpochPlan
 from pipelines.sources.torch_source import TorchSource
 from pipelines.spec import AugmentSpec, Colour
 from pipelines.stores import open_store
+from tests.byol_fast.networks import CountingMeans, NoGrey, Unreadable
 
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200))
 
@@ -91,6 +92,17 @@ def test_the_same_seed_gives_the_same_head_for_any_thread_count():
 
     assert torch.equal(weights(0, 1), weights(0, 3))
     assert not torch.equal(weights(0, 1), weights(1, 1))
+
+
+@pytest.mark.parametrize("protocol", [SHORT, replace(linear.QUICK, batch_size=20)])
+def test_training_images_that_cannot_be_decoded_are_left_out_and_counted(protocol, caplog):
+    train = Unreadable(coloured_shapes(50), (0, 9))
+    test = coloured_shapes(20, seed=1)
+    net = CountingMeans() if protocol.cached else NoGrey()  # there features are left out
+    result = linear.fit(net, train, test, protocol=protocol, image_size=16, threads=1)
+    assert result.bad_train == {0: "gone", 9: "gone"} and result.bad_test == {}
+    assert result.bad_images == 2 and result.test_images == 20
+    assert "2 images could not be decoded and are left out: images[0]: gone" in caplog.text
 
 
 @pytest.mark.parametrize("protocol", [SHORT, replace(linear.MMPRETRAIN, batch_size=20, epochs=12)])

@@ -200,11 +200,6 @@ def headline(rows: list[Row]) -> str:
     return f"{name} {100 * max(row.figures.get(name, 0.0) for row in rows):.2f}"
 
 
-def left_out(images: int) -> list[str]:
-    """A note where images could not be decoded."""
-    return [f"{images} images could not be decoded and are left out"] if images else []
-
-
 def device_of(name: str) -> torch.device:
     """The device that `--device` names; ValueError where there is none."""
     import torch

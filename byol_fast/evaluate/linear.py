@@ -6,6 +6,7 @@ images are shown once, by the authors' centre crop. The backbone stays in eval m
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from byol_fast.evaluate.cache import FeatureCache
 from byol_fast.evaluate.decoding import open_pinned
 from byol_fast.evaluate.features import Features, evaluating, extract, inference
 from byol_fast.evaluate.head import HeadTrainer, batches, top_k
+from byol_fast.evaluate.numbering import rows_of, sparse
 from byol_fast.evaluate.protocols import MMPRETRAIN, PAPER, QUICK, Protocol
 from byol_fast.evaluate.recipes import CROP_AND_FLIP
 from byol_fast.evaluate.resume import Resume
@@ -30,6 +32,8 @@ from pipelines.plan import Rows, RowStream, total_steps
 from pipelines.progress import Progress
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store
+
+log = logging.getLogger(__name__)
 
 __all__ = ["MMPRETRAIN", "PAPER", "QUICK", "LinearResult", "Protocol", "fit", "fit_features"]
 
@@ -42,6 +46,7 @@ class LinearResult:
     top1: float
     top5: float  # of min(5, classes) guesses
     head: nn.Linear  # on the CPU; takes the backbone's features as they are
+    numbers: torch.Tensor | None  # [C] the label of each row of `head`, if that is not its number
     test_images: int
     bad_train: dict[int, str]  # row -> reason, of training images that could not be decoded ...
     bad_test: dict[int, str]  # ... and of test images; both are left out
@@ -97,6 +102,8 @@ def fit(
         progress=progress,
     )
     classes = _classes(train)
+    labels = torch.as_tensor(train.labels, dtype=torch.int64)
+    present = sparse(labels, classes)
     if protocol.cached:
         bank = features(train, label="train features")
         queries = features(test, label="test features")
@@ -106,7 +113,8 @@ def fit(
     head, loss, rate, bad = _train_on_images(
         backbone,
         train,
-        classes=classes,
+        labels=rows_of(labels, present),
+        classes=classes if present is None else len(present),
         protocol=protocol,
         spec=spec,
         device=device,
@@ -116,7 +124,8 @@ def fit(
         progress=progress,
         resume=resume,
     )
-    return _result(protocol, head, bad, features(test, label="test features"), rate, loss)
+    unseen = features(test, label="test features")
+    return _result(protocol, head, present, bad, unseen, rate, loss)
 
 
 def fit_features(
@@ -140,9 +149,12 @@ def fit_features(
     protocol = replace(protocol, batch_size=min(protocol.batch_size, len(train.labels)))
     mean, std = train.features.mean(0), train.features.std(0, correction=0)
     std = torch.where(std > 1e-6, std, 1.0)  # a dead channel stays what it is
-    x, labels = ((train.features - mean) / std).to(device), train.labels.to(device)
+    present = sparse(train.labels, classes)
+    x, labels = (train.features - mean) / std, rows_of(train.labels, present)
+    x, labels = x.to(device), labels.to(device)
     total = total_steps(protocol.epochs, len(x), protocol.batch_size)
-    trainer = HeadTrainer(x.shape[1], classes, protocol, total, device, seed)
+    rows = classes if present is None else len(present)
+    trainer = HeadTrainer(x.shape[1], rows, protocol, total, device, seed)
     generator = torch.Generator().manual_seed(seed)
     for batch in batches(len(x), protocol.batch_size, total, generator):
         batch = batch.to(device)
@@ -154,13 +166,14 @@ def fit_features(
     images, seconds = train.computed + test.computed, train.seconds + test.seconds
     loss = trainer.mean_loss(total // protocol.epochs)
     rate = images / seconds if seconds else 0.0
-    return _result(protocol, head, train.bad, test, rate, loss)
+    return _result(protocol, head, present, train.bad, test, rate, loss)
 
 
 def _train_on_images(
     backbone: nn.Module,
     train: Store,
     *,
+    labels: torch.Tensor,  # [n] rows of the head
     classes: int,
     protocol: Protocol,
     spec: AugmentSpec,
@@ -177,7 +190,6 @@ def _train_on_images(
     stream = RowStream(spec, seed=seed, sizes=train.sizes, batch_size=protocol.batch_size)
     total = total_steps(protocol.epochs, len(train), protocol.batch_size)
     an_epoch = total // protocol.epochs
-    labels = torch.as_tensor(train.labels, dtype=torch.int64)
     backbone, augment = backbone.to(device), choose(spec, device)
     make = partial(
         HeadTrainer, classes=classes, protocol=protocol, total=total, device=device, seed=seed
@@ -235,17 +247,26 @@ def _one_view(rows: Rows) -> Rows:
 def _result(
     protocol: Protocol,
     head: nn.Linear,
+    present: torch.Tensor | None,
     bad_train: dict[int, str],
     test: Features,
     rate: float,
     loss: float,
 ) -> LinearResult:
-    top1, top5 = top_k(head, test)
+    if present is not None:
+        log.warning(
+            "the classifier has a row for each of the %d classes that occur, not for each number "
+            "up to %d: LinearResult.numbers says which is which",
+            len(present),
+            int(present[-1]),
+        )
+    top1, top5 = top_k(head, replace(test, labels=rows_of(test.labels, present)))
     return LinearResult(
         protocol=protocol,
         top1=top1,
         top5=top5,
         head=head,
+        numbers=present,
         test_images=len(test.labels),
         bad_train=bad_train,
         bad_test=test.bad,

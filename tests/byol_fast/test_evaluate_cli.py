@@ -266,6 +266,26 @@ def test_weights_rotated_away_do_not_end_an_evaluation(weights, data, tmp_path, 
     assert not list((run_folder / "checkpoints").glob("*linear*"))
 
 
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("knn", ("--k", 3)), ("linear", ("--quick",)), ("finetune", ("--quick", "--steps", 2))],
+)
+def test_class_numbers_may_have_gaps(weights, tmp_path, task, words):
+    """Taxon or product numbers: a head with a row for each number up to the largest is 2 GB."""
+    class_folders(tmp_path / "images", 6, names=("green", "red"))
+    numbers = {"green": 3, "red": 900_000}
+    lines = [f"{name}/{i}.png {numbers[name]}" for name in numbers for i in range(6)]
+    (tmp_path / "images" / "list.txt").write_text("\n".join(lines))
+    words = ("--weights", weights, "--data", tmp_path / "images" / "list.txt", *words)
+    assert run(task, *words, "--image-size", 16) == Exit.DONE
+    result = result_of(weights)
+    assert result["data"]["classes"] == 2 and "have gaps" in result["data"]["tested_on"]
+    if "head" in result:
+        with safetensors.safe_open(result["head"], framework="pt") as file:
+            assert json.loads(file.metadata()["classes"]) == ["3", "900000"]
+            assert file.get_tensor("bias").shape == (2,)
+
+
 def test_as_a_module_it_answers_help_without_torch():
     code = "from byol_fast.evaluate.__main__ import main; main(['--help'])"
     code += "; import sys; print('torch' in sys.modules)"

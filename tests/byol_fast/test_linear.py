@@ -241,6 +241,26 @@ def test_quick_features_of_any_scale_and_dead_channels():
     assert torch.isfinite(result.head(off.features)).all()
 
 
+@pytest.mark.parametrize("protocol", [SHORT, replace(linear.QUICK, batch_size=20, base_lr=1.0)])
+def test_large_class_numbers_make_a_small_head(protocol, caplog):
+    numbers = np.array([3, 17, 90_000, 500_000, 900_000])
+    train, test = coloured_shapes(100), coloured_shapes(40, seed=1)
+    expected = linear.fit(Averages(), train, test, protocol=protocol, image_size=16, threads=1)
+    train.labels, test.labels = numbers[train.labels], numbers[test.labels]
+    result = linear.fit(Averages(), train, test, protocol=protocol, image_size=16, threads=1)
+    assert result.numbers.tolist() == numbers.tolist() and expected.numbers is None
+    assert torch.equal(result.head.weight, expected.head.weight) and result.top1 == expected.top1
+    assert "a row for each of the 5 classes that occur" in caplog.text
+
+
+def test_test_images_of_no_training_class_are_misses():
+    x, ids = torch.eye(4), torch.arange(4)
+    train = Features(x, torch.tensor([3, 900_000, 3, 900_000]), ids)
+    test = Features(x, torch.tensor([3, 900_000, 5, 900_001]), ids)
+    result = linear.fit_features(train, test, classes=900_002)
+    assert result.top1 == 0.5 and result.head.weight.shape == (2, 4)
+
+
 def test_batches_have_no_gap():
     seen = torch.cat(list(head_module.batches(10, 4, 5, torch.Generator().manual_seed(0))))
     assert sorted(seen[:10].tolist()) == list(range(10))

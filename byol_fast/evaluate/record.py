@@ -73,6 +73,7 @@ def head_of(network: Network, crop: str) -> dict[str, Any]:
     weights = network.weights
     return {
         "weights_sha256": weights.sha256,
+        "weights_tensors_sha256": weights.tensors_sha256,
         "weights_file": weights.file.name,
         "image_size": network.image_size,
         "crop": crop,

@@ -99,7 +99,7 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
 
 def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failures) -> None:
     """One session of a run: from the data and the newest checkpoint to the exported backbone."""
-    from byol_fast.assemble import assemble, build_model
+    from byol_fast.assemble import assemble
     from byol_fast.session.opening import open_data
     from byol_fast.session.outcome import finish
     from pipelines.errors import DataError
@@ -113,7 +113,9 @@ def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failur
 
             replay(resolved, data, *call.replay, rank=world.rank)
         elif call.dry_run:
-            build_model(resolved.config, world)  # its backbone and hidden layer may not exist
+            from byol_fast.session import dryrun
+
+            dryrun.check(resolved.config, world)
     if call.dry_run or call.replay is not None:
         return
     with contextlib.ExitStack() as stack:

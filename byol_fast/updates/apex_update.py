@@ -17,10 +17,10 @@ from byol_fast.updates.lars_updates import Norm
 
 try:
     import amp_C
-except ImportError as error:
+except Exception as error:  # a build for another PyTorch raises whatever it likes
     raise ImportError(
-        f"impl='apex' needs NVIDIA apex built from source with its CUDA extensions ({error}); "
-        "impl='auto' needs nothing more"
+        "impl='apex' needs NVIDIA apex built from source with its CUDA extensions "
+        f"({type(error).__name__}: {error}); impl='auto' needs nothing more"
     ) from error
 
 _CHUNK = 2048 * 32  # elements of a block, as apex's own optimizers use

@@ -39,9 +39,10 @@ from pipelines.stores import Store
 
 try:
     from pipelines.sources.dali_graph import DaliGraph, as_pnm
-except (ImportError, OSError) as error:
+except Exception as error:  # an import can raise anything
     raise MissingBackend(
-        f"the dali backend needs NVIDIA DALI ({error}): pip install '.[dali]' in the checkout"
+        f"the dali backend needs NVIDIA DALI ({type(error).__name__}: {error}): "
+        "pip install '.[dali]' in the checkout"
     ) from error
 
 log = logging.getLogger(__name__)

@@ -114,6 +114,8 @@ def provenance(
     fingerprints: tuple[str, str],
 ) -> dict[str, Any]:
     """What the figures belong to. The sizes of images are the recipe's, and stand there."""
+    from byol_fast.evaluate.decoding import DECODERS
+
     about = record.about(args, network)
     del about["image_size"]
     data = {
@@ -124,7 +126,8 @@ def provenance(
         "test_set": names[1],
         "test_fingerprint": fingerprints[1],
     }
-    return {**about, "data": data}
+    reading = {"decoder": DECODERS["torch"], "resizing": "bilinear, not antialiased (torch)"}
+    return {**about, "reading": reading, "data": data}
 
 
 def trained(outcome: Trained, test_images_per_second: float) -> dict[str, Any]:

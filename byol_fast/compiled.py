@@ -8,6 +8,7 @@ fusion: the same code then runs as it stands. Compiled code sits inside Distribu
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from byol_fast.device_errors import raise_if_lost
 from byol_fast.distributed import World
 from byol_fast.loss import pair_loss
 from byol_fast.model import BYOL
@@ -55,6 +57,7 @@ def compiled(
     A forward and a backward on random views make the compiler work now, not in the first step.
     They leave nothing behind: running statistics are put back, gradients dropped.
     """
+    _share_cores()
     compile_ = partial(
         torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options
     )
@@ -67,6 +70,7 @@ def compiled(
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
     except Exception as error:  # whatever a compiler, or what it calls, may raise
+        raise_if_lost(world.device, error)
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         end = 2 if said and said[0].endswith(":") else 1  # "backend='inductor' raised:", and what
         reason = f"{type(error).__name__}: {' '.join(said[:end])}"
@@ -81,6 +85,15 @@ def compiled(
         return as_they_stand(model)
     log.info("networks compiled in %.0f s", seconds)
     return Networks(networks.online, networks.target, networks.loss, seconds)
+
+
+def _share_cores() -> None:
+    """Inductor starts as many workers as there are cores, up to 32, on every rank of a node."""
+    from torch._inductor import config
+
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        config.compile_threads = min(32, max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def _try_out(

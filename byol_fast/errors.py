@@ -31,3 +31,7 @@ class Diverged(RuntimeError):
 
 class Preempted(RuntimeError):
     """A signal asked the run to end; a checkpoint of the last step, if any, has been written."""
+
+
+class CaptureError(RuntimeError):
+    """The step could not be captured as a CUDA graph; the process is not fit to go on training."""

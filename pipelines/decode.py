@@ -22,10 +22,10 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.errors import BadImage
+from pipelines.errors import BadImage, MissingBackend
+from pipelines.turbo import simplejpeg
 
 MAX_PIXELS = 178_956_970  # above it Pillow sees a decompression bomb: 0.5 GB as RGB
 
@@ -231,7 +231,7 @@ def _as_bad_image() -> Iterator[None]:
     """Untrusted bytes make a reader raise nearly anything: all of it means a bad image."""
     try:
         yield
-    except (BadImage, MemoryError):
+    except (BadImage, MemoryError, MissingBackend):
         raise
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from error

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from byol_fast.distributed import World, on_its_own
+from byol_fast.device_errors import raise_if_lost
+from byol_fast.distributed import World, on_its_own, share_compile_workers
 from byol_fast.errors import OutOfMemory
 from byol_fast.loss import pair_loss
 from byol_fast.memory import is_out_of_memory
@@ -63,6 +64,7 @@ def compiled(
     Raises:
         OutOfMemory: on every rank, if one had too little memory.
     """
+    share_compile_workers()
     compile_ = partial(
         torch.compile, fullgraph=True, dynamic=False, backend=backend, options=options
     )
@@ -75,6 +77,7 @@ def compiled(
             try_out(model, networks, batch, image_size, dtype, autocast_dtype)
         failed = None
     except Exception as error:  # whatever a compiler, or what it calls, may raise
+        raise_if_lost(world.device, error)
         failed = Failed(_reason(error), is_out_of_memory(error))
     seconds = time.perf_counter() - started
     failures = world.gather(failed, patient=True)  # compilers take minutes, not equally many

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.cores import limit_torch_threads
+from pipelines.cores import limit_torch_threads, ranks_here, worker_threads
 
 TIMEOUT = "BYOL_FAST_TIMEOUT"  # environment variable: seconds a rank may be waited for in a step
 _SECONDS = 300.0  # unless it is set
@@ -228,3 +228,14 @@ def without_sync(module: nn.Module) -> AbstractContextManager[None]:
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()  # type: ignore[no-any-return]
     return nullcontext()
+
+
+def share_compile_workers() -> None:
+    """Give Inductor this rank's share of the cores: by itself it takes all of them, up to 32.
+
+    What TORCHINDUCTOR_COMPILE_THREADS says stands.
+    """
+    from torch._inductor import config
+
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        config.compile_threads = min(32, worker_threads(ranks_here()))

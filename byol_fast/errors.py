@@ -39,3 +39,7 @@ class Preempted(RuntimeError):
 
 class OutOfMemory(RuntimeError):
     """A step does not fit into memory; the message names what does, where that is known."""
+
+
+class CaptureError(RuntimeError):
+    """The step could not be captured as a CUDA graph; the process is not fit to go on training."""

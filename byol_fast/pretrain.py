@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 
 from byol_fast.cli import PretrainCall, pretrain_arguments
 from byol_fast.config import Config
-from byol_fast.errors import CheckpointError, Diverged, Exit, OutOfMemory, Preempted, SaveError
+from byol_fast.errors import (
+    CaptureError,
+    CheckpointError,
+    Diverged,
+    Exit,
+    OutOfMemory,
+    Preempted,
+    SaveError,
+)
 from byol_fast.session.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -70,7 +78,7 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
         return _failed(Exit.USAGE, error)
     except CheckpointError as error:
         return _failed(Exit.NO_CHECKPOINT, error)
-    except OutOfMemory as error:
+    except (CaptureError, OutOfMemory) as error:
         notes.report(error)
         return _failed(Exit.FAILED, error)
     except SaveError as error:

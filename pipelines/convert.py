@@ -24,7 +24,7 @@ from pipelines.conversion.betoncheck import check_beton, check_text
 from pipelines.conversion.runner import convert
 from pipelines.conversion.storage import MODES, Storage
 from pipelines.cores import worker_threads
-from pipelines.errors import DataError
+from pipelines.errors import DataError, MissingBackend
 from pipelines.index import positive
 
 _EPILOG = """\
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return 4
+    except MissingBackend as error:
+        print(error, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 128 + (signal.SIGTERM if interrupted else signal.SIGINT)

@@ -23,16 +23,16 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from pipelines.errors import BadImage
+from pipelines.errors import BadImage, MissingBackend
 from pipelines.formats import tiff
 from pipelines.formats.jpeg import EOI, Frame, jpeg_frame
 from pipelines.formats.jpeg_clean import cleaned, left_over, with_clean_header
 from pipelines.formats.kinds import kind_of
 from pipelines.formats.png import SIGNATURE, pixel_chunks, png_size
+from pipelines.turbo import simplejpeg
 
 MAX_PIXELS = 178_956_970  # above it Pillow sees a decompression bomb: 0.5 GB as RGB
 
@@ -229,7 +229,7 @@ def _as_bad_image() -> Iterator[None]:
     """Untrusted bytes make a reader raise nearly anything: all of it means a bad image."""
     try:
         yield
-    except (BadImage, MemoryError):
+    except (BadImage, MemoryError, MissingBackend):
         raise
     except Exception as error:
         if "memory error" in str(error):  # as Pillow's decoders have it

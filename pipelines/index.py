@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, MissingBackend
 from pipelines.indexbuild import make_index, root_listing
 from pipelines.indexfile import Index, keep, load, locations, save
 from pipelines.scan import printable, refuse_hidden
@@ -189,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         print(f"out of memory ({error}): repeat with fewer --workers", file=sys.stderr)
         return 1
+    except MissingBackend as error:
+        print(error, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: no index was written", file=sys.stderr)
         return 128 + signal.SIGINT

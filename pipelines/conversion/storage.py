@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from pipelines.decode import decode, header, is_plain_jpeg, sound
 from pipelines.errors import BadImage
 from pipelines.formats.jpeg import SOI
 from pipelines.stores import Images
+from pipelines.turbo import simplejpeg
 
 Mode: TypeAlias = Literal["jpeg", "lossless", "raw"]
 How: TypeAlias = Literal["copied", "encoded", "raw"]

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from pipelines.errors import MissingBackend
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -64,6 +62,6 @@ def ffcv_available() -> bool:
     """Whether FFCV's decoder is installed and loads, and numba with it."""
     try:
         import pipelines.sources.ffcv_source  # noqa: F401
-    except MissingBackend:
+    except (ImportError, OSError):  # whatever it lacks: FFCV, numba or one of their libraries
         return False
     return True

@@ -8,13 +8,13 @@ A value set by hand always wins.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from byol_fast.config import FLAGS, Config, get, replace
+from byol_fast.ranks import number
 from byol_fast.session.split import Split, share_out
 from byol_fast.settings import RECIPE
 
@@ -273,5 +273,5 @@ def _steps(epochs: int, samples: int, batch: int) -> int:
 
 def _together(config: Config, ranks: int) -> int:
     """Ranks whose BatchNorm statistics are taken together."""
-    of_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))  # torchrun sets it
+    of_a_node = number("LOCAL_WORLD_SIZE", least=1) or ranks  # torchrun sets it
     return {"none": 1, "group": of_a_node, "world": ranks}[config.model.bn_sync]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +49,9 @@ def assemble(
     if state is not None:
         with _fitting(state, folder):
             _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
+        resolved = _begun_as(state, resolved)
+        config = resolved.config
+        identity["config"] = configuration.to_dict(config)
     model = build_model(config, world)
     pipeline = _build_pipeline(resolved, data, world)
     stack.callback(pipeline.close)
@@ -187,6 +191,7 @@ def build_model(config: Config, world: World) -> BYOL:
         predictor=sizes if given.predictor == "mlp" else given.predictor,
         norm=given.norm,
         momentum=given.momentum,
+        init=given.init,
         stem=config.model.stem,
         bn_sync=statistics_group(config.model.bn_sync, world),
     )
@@ -269,6 +274,18 @@ def _fitting(state: dict[str, Any], folder: RunFolder) -> Iterator[None]:
             f"run's networks: {reason[:300]}. Go back to the settings that it was made with, or "
             f"choose another --out"
         ) from error
+
+
+def _begun_as(state: dict[str, Any], resolved: Resolved) -> Resolved:
+    """With the initialisation that the run has had, whatever is asked for now: so it is recorded.
+
+    Checkpoints of before there was a choice had torch's.
+    """
+    began = configuration.from_dict(state["config"], "the checkpoint").model.init or "torch"
+    if began != resolved.config.model.init:
+        log.info("the run began with --model.init %s, which stays", began)
+    config = configuration.replace(resolved.config, {"model.init": began})
+    return dataclasses.replace(resolved, config=config)
 
 
 def _same_run(state: dict[str, Any], identity: dict[str, Any], *, allowed: bool) -> None:

@@ -12,7 +12,7 @@ from torchvision.models import ResNet
 from byol_fast.loss import pair_loss
 from byol_fast.networks.backbone import HiddenLayer, Norm, Stem, build_backbone, feature_dim
 from byol_fast.networks.groupnorm import to_group_norm
-from byol_fast.networks.initial import Init, draw_
+from byol_fast.networks.initial import Init, as_authors_
 from byol_fast.networks.mock import input_like, mock
 from byol_fast.networks.predictors import DirectPred
 from byol_fast.networks.sharing import detached_copy
@@ -126,8 +126,9 @@ class BYOL(PerView):
     bn_sync: share BatchNorm statistics over ranks, in both networks. As SyncBatchNorm layers in
         the backbone ask for it too, and `nn.SyncBatchNorm.convert_sync_batchnorm` of this module.
     momentum: False drops the target network for a stop-gradient (SimSiam); then there is no EMA.
-    init: how the weights of heads, and of a ResNet given by name, are drawn; see `draw_`. With
-        "authors" the target's are drawn by themselves, otherwise it starts as a copy.
+    init: "authors" draws the weights of the heads, and of a ResNet given by name, as the authors
+        do (see `as_authors_`), the target's by themselves. With "torch" they are torchvision's and
+        torch's, and the target starts as a copy. A module that is given keeps its weights.
 
     The projector's input size is found with a mock forward here, so an optimizer built after this
     sees every parameter. The target shares no tensor with the online encoder, takes no gradient,
@@ -149,7 +150,7 @@ class BYOL(PerView):
         stem: Stem = "imagenet",
         bn_sync: Sync = False,
         momentum: bool = True,
-        init: Init = "torchvision",
+        init: Init = "torch",
     ) -> None:
         super().__init__()
         if init not in get_args(Init):
@@ -173,14 +174,15 @@ class BYOL(PerView):
         encoder = Encoder(net, heads[0])
         self.online = Online(encoder, heads[1])
         # A network that was handed in keeps its weights; other architectures have their own ways.
-        drawn = isinstance(backbone, str) and any(isinstance(m, ResNet) for m in net.modules())
-        for part in [*heads, *[net] * drawn]:
-            draw_(part, init)
+        resnet = isinstance(backbone, str) and any(isinstance(m, ResNet) for m in net.modules())
+        if init == "authors":
+            for part in [self.online] if resnet else heads:
+                as_authors_(part)
         self.target: Encoder | StopGradient = StopGradient(encoder)
         if momentum:
             self.target = cast(Encoder, detached_copy(encoder)).requires_grad_(False)
             if init == "authors":
-                draw_(self.target if drawn else self.target.projector, init)
+                as_authors_(self.target if resnet else self.target.projector)
         set_sync(self, bn_sync or synchronised(net))
         # What BYOL(**hyper) needs to build the same again; a module has only its class's name.
         self.hyper: dict[str, Any] = {

@@ -49,6 +49,7 @@ COMMON: dict[str, Any] = {
     "optim.variant": "paper",
     "model.stem": "imagenet",
     "model.hidden_size": 4096,
+    "model.init": "torch",
     "run.precision": "auto",
     "monitor.eval_every": 10,
     "monitor.log_every": 50,
@@ -88,6 +89,7 @@ RECIPES: dict[str, Recipe] = {
             300: Row(base_lr=0.3, weight_decay=1e-6, target_decay=0.99),
             1000: Row(base_lr=0.2, weight_decay=1.5e-6, target_decay=0.996),
         },
+        values={"model.init": "authors"},
     ),
     "mmpretrain": Recipe(
         source="mmpretrain, byol_resnet50_16xb256-coslr-200e_in1k",

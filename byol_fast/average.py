@@ -30,7 +30,7 @@ class Remainders(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Remainders:
         """As nn.Module's, but `.to(bfloat16)` moves them without rounding."""
         before = list(self._buffers.values())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for (name, moved), buffer in zip(self._buffers.items(), before, strict=True):
             if moved is not None and buffer is not None and moved.dtype != torch.float32:
                 self._buffers[name] = buffer.to(moved.device)

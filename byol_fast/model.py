@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -13,7 +14,7 @@ from byol_fast.loss import pair_loss
 from byol_fast.networks.backbone import HiddenLayer, Norm, Stem, build_backbone, feature_dim
 from byol_fast.networks.groupnorm import to_group_norm
 from byol_fast.networks.initial import Init, as_authors_
-from byol_fast.networks.mock import input_like, mock
+from byol_fast.networks.mock import input_like, mixes_views, mock
 from byol_fast.networks.predictors import DirectPred
 from byol_fast.networks.sharing import detached_copy
 from byol_fast.norm import Sync, ViewBatchNorm, convert, set_sync, synchronised
@@ -163,8 +164,22 @@ class BYOL(PerView):
             views=VIEWS,
             norm=norm,
         )
+        name = type(backbone).__name__
+        if torch.is_inference_mode_enabled() or any(
+            tensor.is_inference() for tensor in [*net.parameters(), *net.buffers()]
+        ):
+            raise ValueError(
+                "tensors that are made under torch.inference_mode() cannot be trained: make BYOL, "
+                "and make and load its backbone, outside"
+            )
+        if not isinstance(backbone, str) and mixes_views(net, image_size):
+            warnings.warn(
+                f"{name} takes something over the whole batch, without nn.BatchNorm: the features "
+                "of a view depend on the other view, which BYOL's do not",
+                stacklevel=2,
+            )
         with torch.no_grad():
-            features = cast(Tensor, mock(net, image_size, type(backbone).__name__))
+            features = cast(Tensor, mock(net, image_size, name))
         self.feature_dim = features.shape[1]
         heads: list[nn.Module] = [MLP(self.feature_dim, *projector)]
         heads.append(_predictor(projector[1], predictor))
@@ -231,6 +246,8 @@ class BYOL(PerView):
         """Images in the type of the weights, unless autocast chooses types."""
         if not images.is_floating_point():
             raise ValueError(f"views are normalised floats, got {images.dtype}")
+        if images.is_inference():
+            images = images.clone()  # else nothing of them could be kept for the backward pass
         kind = images.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return images

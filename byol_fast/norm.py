@@ -161,7 +161,7 @@ def convert(module: nn.Module, *, views: int = 2, sync: Sync | None = None) -> n
         if not isinstance(layer, ViewBatchNorm):
             own = isinstance(layer, nn.SyncBatchNorm) and (layer.process_group or True)
             layer.__class__ = kind
-            layer.sync = own
+            cast(ViewBatchNorm, layer).sync = own
     set_views(module, views)
     if sync is not None:
         set_sync(module, sync)

@@ -107,8 +107,8 @@ class BYOL(Averaging, PerView):
     def updateTargetNetwork(self) -> None:
         """After each optimizer step: target = t·target + (1 − t)·online. Nothing if not EAvg."""
         if isinstance(self.target, Encoder):
-            pairs = list(self.target.parameters()), list(self.online.parameters())
-            self.average_(*pairs, self.t)
+            followers: list[Tensor] = list(self.target.parameters())
+            self.average_(followers, list(self.online.parameters()), self.t)
 
 
 def criterion(onlinex: Tensor, targetx1: Tensor, onlinex1: Tensor, targetx: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class HiddenOutput(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HiddenOutput:
         """As nn.Module's (`.to`, `.half`, …): what is frozen here goes along in its network."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for theirs, layer, name in self._idle:
             mine = layer._parameters[name]
             assert mine is not None
@@ -242,6 +242,8 @@ def _at_layer(net: nn.Module, hidden_layer: HiddenLayer) -> nn.Module:
 def _unused(net: nn.Module, image_size: int, name: str) -> set[Tensor]:
     """Trainable parameters that the hidden layer does not depend on: DDP waits for gradients."""
     params = [p for p in net.parameters() if p.requires_grad]
+    if any(p.is_inference() for p in net.parameters()):
+        return set()  # nothing can be trained
     with torch.enable_grad():
         total = mock(net, image_size, name).sum()
         if not total.requires_grad:  # all that it depends on is frozen

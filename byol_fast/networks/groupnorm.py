@@ -69,7 +69,7 @@ def to_group_norm(module: nn.Module, groups: int = GROUPS) -> nn.Module:
         channels = norm.num_features
         norm._buffers.clear()
         norm.__class__ = nn.GroupNorm  # type: ignore[assignment]
-        norm.num_groups, norm.num_channels = math.gcd(groups, channels), channels
+        vars(norm).update(num_groups=math.gcd(groups, channels), num_channels=channels)
     for layer in standardised:
         layer.__class__ = StandardisedConv2d if isinstance(layer, nn.Conv2d) else StandardisedLinear
     return module

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+_REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)
+
 
 def side(image_size: object) -> int:
     """`image_size` as a number of pixels. Raises ValueError for anything but a positive integer."""
@@ -53,31 +55,55 @@ def mock(net: nn.Module, image_size: int, name: str) -> Any:
     convs = [m.in_channels for m in net.modules() if isinstance(m, _ConvNd)]
     failed: dict[int, Exception] = {}
     for channels in dict.fromkeys([3, *convs]):
-        image = torch.zeros(1, channels, size, size, device=like.device, dtype=like.dtype)
+        image = like.new_zeros(1, channels, size, size)
         try:
-            with _untouched(net), _full_precision(like.device.type):
+            with _untouched(net, training=False):
                 return net(image)
-        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        except _REFUSALS as error:
             failed[channels] = error
-    error = failed[convs[0] if convs else 3]
-    raise ValueError(f"backbone {name!r} cannot take {size}×{size} images: {error}") from error
+    reason = failed[convs[0] if convs else 3]
+    raise ValueError(f"backbone {name!r} cannot take {size}×{size} images: {reason}") from reason
 
 
-def _full_precision(kind: str) -> contextlib.AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(kind):  # the meta device
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
+@torch.no_grad()
+def mixes_views(net: nn.Module, image_size: int) -> bool:
+    """Whether in training the features of a batch's first half depend on its second half's images.
+
+    A layer that takes statistics over the batch without being nn.BatchNorm does that. False where
+    the network takes no such batch. Nothing remains of the trial, as of `mock`.
+    """
+    like, rows = input_like(net), 2
+    convs = [m.in_channels for m in net.modules() if isinstance(m, _ConvNd)]
+    for channels in [] if like.is_meta else dict.fromkeys([3, *convs]):
+        noise = torch.Generator().manual_seed(0)
+        images = torch.randn(2 * rows, channels, image_size, image_size, generator=noise).to(like)
+        others = torch.cat([images[:rows], 3 * images[rows:] + 2])
+        gpus = [like.device.index] if like.is_cuda else []
+        seen: list[Tensor] = []
+        with contextlib.suppress(*_REFUSALS):
+            for batch in (images, others):
+                with _untouched(net, training=True), torch.random.fork_rng(devices=gpus):
+                    torch.manual_seed(0)  # the same dropout
+                    seen.append(net(batch)[:rows])
+            first, second = seen
+            return not torch.allclose(first, second, rtol=0.05, atol=1e-3, equal_nan=True)
+    return False
 
 
 @contextlib.contextmanager
-def _untouched(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; then attributes and buffers are what they were."""
+def _untouched(net: nn.Module, *, training: bool) -> Iterator[None]:
+    """In one mode and without autocast; afterwards attributes and buffers are what they were."""
     modules = list(net.modules())
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     values = [(b, b._version, b.clone()) for b in net.buffers() if not b.is_inference()]
-    net.eval()
+    kind = input_like(net).device.type
+    full: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(kind):  # it is not for the meta device
+        full = torch.autocast(kind, enabled=False)
+    net.train(training)
     try:
-        yield
+        with full:
+            yield
         if list(net.modules()) != modules:
             raise ValueError(
                 "it makes layers in its first forward: run one batch through it first, so that "
@@ -91,5 +117,7 @@ def _untouched(net: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, version, value in values:
-                if buffer._version != version:  # else a backward pass may still need it
+                # In evaluation a backward pass may still need those that did not change. In
+                # training the kernel of BatchNorm changes them without a new version.
+                if training or buffer._version != version:
                     buffer.copy_(value)

@@ -43,7 +43,7 @@ class DirectPred(nn.Module):
         self.register_buffer("updates", torch.zeros(()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DirectPred:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in ("correlation", "moment", "rows", "updates"):
             buffer = self._buffers[name]
             assert buffer is not None

@@ -55,11 +55,6 @@ def usable(net: nn.Module) -> nn.Module:
             "the backbone has lazy layers without weights: run one batch through it first, so "
             "that optimizer and target see every parameter"
         )
-    if any(tensor.is_inference() for tensor in tensors):
-        raise ValueError(
-            f"{name} was made or loaded under torch.inference_mode(), so it cannot be trained: "
-            "make and load it outside"
-        )
     return net
 
 

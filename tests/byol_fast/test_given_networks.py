@@ -198,11 +198,6 @@ class Builder(Net):
         return self.late(super().forward(x))
 
 
-def in_inference_mode() -> nn.Module:
-    with torch.inference_mode():
-        return Net()
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -216,7 +211,6 @@ def in_inference_mode() -> nn.Module:
         (lambda: nn.DataParallel(Net()), "DataParallel: give the network itself"),
         (lambda: torch.jit.script(Net()), "TorchScript"),
         (lambda: nn.Sequential(torch.jit.script(nn.BatchNorm2d(3)), Net()), "TorchScript"),
-        (in_inference_mode, "inference_mode"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()), "lazy"),
         (lambda: [Net()], "got list"),
         (lambda: Net, "got type"),
@@ -374,6 +368,61 @@ def test_torchvisions_vit_and_dropout() -> None:
     learner = BYOL(vit, "encoder.ln", **SIZES)
     assert learner.feature_dim == 5 * 8
     step(learner)
+
+
+class ByHand(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean((0, 2, 3), keepdim=True)) * 2
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_statistics_that_are_taken_by_hand_are_noticed(channels: int) -> None:
+    net = Net(channels)
+    net.norm = ByHand()
+    with pytest.warns(UserWarning, match="over the whole batch, without nn"):
+        BYOL(net, "pool", **SIZES)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(8),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.InstanceNorm2d(8, track_running_stats=True),
+        nn.GroupNorm(2, 8),
+        nn.LocalResponseNorm(2),
+        nn.Dropout2d(0.5),
+        nn.RReLU(),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)),
+    ],
+)
+def test_other_layers_are_no_reason_for_a_warning_and_keep_their_state(layer: nn.Module) -> None:
+    net = Net()
+    net.norm = layer
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner = BYOL(net, "pool", **SIZES)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    step(learner)
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode():
+        made, views = Net(), torch.rand(2, 4, 3, 16, 16)
+        with pytest.raises(ValueError, match="inference_mode"):
+            BYOL(Net(), **SIZES)
+    with pytest.raises(ValueError, match="inference_mode"):
+        BYOL(made, **SIZES)
+    features = build_backbone(made, hidden_layer="pool", image_size=16)  # but be used, yes
+    with torch.inference_mode():
+        assert features.eval()(views[0]).shape == (4, 8)
+    learner = BYOL(Net(), "pool", **SIZES)
+    learner(views).backward()
+    learner(views[0]).backward()
+    with torch.no_grad():
+        BYOL(Net(), "pool", **SIZES)(torch.rand(4, 3, 16, 16))
 
 
 # --- channels -------------------------------------------------------------------------------------

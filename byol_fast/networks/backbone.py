@@ -222,6 +222,8 @@ def _drop_classifier(net: nn.Module) -> None:
 def _at_layer(net: nn.Module, hidden_layer: HiddenLayer) -> nn.Module:
     if hidden_layer == -1:
         return net
+    if isinstance(hidden_layer, bool) or not isinstance(hidden_layer, int | str):
+        raise ValueError(f"hidden_layer is a layer's name or index, got {hidden_layer!r}")
     children = [name for name, _ in net.named_children()]
     if isinstance(hidden_layer, int):
         if not -len(children) <= hidden_layer < len(children):

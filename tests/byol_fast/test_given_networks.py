@@ -408,6 +408,21 @@ def test_other_layers_are_no_reason_for_a_warning_and_keep_their_state(layer: nn
     step(learner)
 
 
+def test_the_trials_do_not_call_an_overridden_train() -> None:
+    class Merging(Net):
+        """As LoRA's layers: the mode changes the weights, and back."""
+
+        def train(self, mode: bool = True) -> nn.Module:
+            if mode != self.training:
+                self.conv.weight.data += -1 if mode else 1
+            return super().train(mode)
+
+    net = Merging()
+    before = net.conv.weight.clone()
+    BYOL(net, "pool", **SIZES)
+    assert torch.equal(net.conv.weight, before)
+
+
 def test_inference_mode() -> None:
     with torch.inference_mode():
         made, views = Net(), torch.rand(2, 4, 3, 16, 16)

@@ -393,6 +393,8 @@ def test_hidden_layer_compiles_in_one_piece():
         (lambda: build_backbone(Net(), stem="cifar"), "a module brings its own"),
         (lambda: build_backbone(Net(), hidden_layer="pol", image_size=8), "did you mean 'pool'"),
         (lambda: build_backbone(Net(), hidden_layer=4, image_size=8), "has 4 children"),
+        (lambda: build_backbone(Net(), hidden_layer=None, image_size=8), "name or index, got None"),
+        (lambda: build_backbone(Net(), hidden_layer=True, image_size=8), "name or index, got True"),
         (lambda: build_backbone(Net(), image_size=8), "gives dict, not a tensor"),
         (lambda: build_backbone(Net(), hidden_layer="pool", image_size=2), "cannot take 2×2"),
         (lambda: build_backbone("vit_b_16", image_size=100), "cannot take 100×100.*indivisible"),

@@ -24,7 +24,7 @@ from byol_fast.session import fitting, replay, split
 from byol_fast.session.judging import judges
 from byol_fast.session.opening import Data
 from byol_fast.session.plan import RunPlan
-from byol_fast.session.resuming import open_folder, same_run, taking_over
+from byol_fast.session.resuming import begun_as, open_folder, same_run, taking_over
 from byol_fast.session.runfolder import RunFolder
 from byol_fast.step import AUTOCAST
 from byol_fast.trainer import Trainer
@@ -55,6 +55,9 @@ def assemble(
     if state is not None:
         with taking_over(state, folder):
             same_run(state, identity, allowed=config.checkpoint.allow_config_change)
+        resolved = begun_as(state, resolved)
+        config = resolved.config
+        identity["config"] = configuration.to_dict(config)
     model = build_model(config, world)
     pipeline = _build_pipeline(resolved, data, world)
     stack.callback(pipeline.close)
@@ -173,6 +176,7 @@ def build_model(config: Config, world: World) -> BYOL:
         predictor=sizes if given.predictor == "mlp" else given.predictor,
         norm=given.norm,
         momentum=given.momentum,
+        init=given.init,
         stem=config.model.stem,
         bn_sync=statistics_group(config.model.bn_sync, world),
     )

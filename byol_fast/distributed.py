@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.nn.parallel import DistributedDataParallel
 
+from byol_fast import ranks
 from pipelines.cores import limit_torch_threads, ranks_here, worker_threads
 
 TIMEOUT = "BYOL_FAST_TIMEOUT"  # environment variable: seconds a rank may be waited for in a step
@@ -101,9 +102,11 @@ def start(device: str = "auto") -> World:
 
     Raises:
         ValueError: a CUDA device was asked for and there is none, or fewer than local ranks;
-            the environment holds no sensible `timeout`; the ranks cannot meet.
+            the environment holds no sensible `timeout`, or no sensible ranks; the ranks cannot
+            meet.
     """
-    local_rank, patience = int(os.environ.get("LOCAL_RANK", "0")), timeout()
+    several, patience = ranks.placed(), timeout()
+    local_rank = ranks.number("LOCAL_RANK") or 0
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
@@ -120,7 +123,7 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(device)
     limit_torch_threads()
     where = torch.device(device)
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not several:
         return World(0, 1, where)
     backend = "nccl" if where.type == "cuda" else "gloo"
     try:
@@ -152,23 +155,24 @@ def statistics_group(word: str, world: World) -> bool | dist.ProcessGroup:
         return False
     if word == "world":
         return True
-    if "LOCAL_RANK" not in os.environ:
+    local_rank = ranks.number("LOCAL_RANK")
+    if local_rank is None:
         raise ValueError(
             "--model.bn-sync group: LOCAL_RANK is not set, so the ranks of a node are not known: "
             "start with torchrun, or use --model.bn-sync world"
         )
     # torchrun counts ranks node by node, so the first rank of a node names it.
     gathered = [torch.zeros((), dtype=torch.int64) for _ in range(world.size)]
-    mine = torch.tensor(world.rank - int(os.environ["LOCAL_RANK"]))
+    mine = torch.tensor(world.rank - local_rank)
     dist.all_gather(gathered, mine, group=world.control)
     nodes = [int(node) for node in gathered]
     own: bool | dist.ProcessGroup = False
     for first in sorted(set(nodes)):  # each rank makes every group, in one order
-        ranks = [rank for rank, node in enumerate(nodes) if node == first]
-        if len(ranks) == world.size:
+        members = [rank for rank, node in enumerate(nodes) if node == first]
+        if len(members) == world.size:
             return True
-        group = dist.new_group(ranks, timeout=timeout())
-        if world.rank in ranks and len(ranks) > 1:
+        group = dist.new_group(members, timeout=timeout())
+        if world.rank in members and len(members) > 1:
             own = cast(dist.ProcessGroup, group)
     return own
 

@@ -12,31 +12,36 @@ from typing import Any
 from torch import Tensor, nn, stack
 
 from byol_fast import model
+from byol_fast.average import Averaging
 from byol_fast.networks.backbone import HiddenLayer
 from byol_fast.norm import ViewBatchNorm
-from byol_fast.optim import ema_
 from byol_fast.views import RandomView
 from pipelines.spec import AugmentSpec
 
 Augment = Callable[[Tensor], Tensor]
 
 
-class BYOL(model.BYOL):
+class BYOL(Averaging, model.BYOL):
     """`byol_fast.model.BYOL` that makes its views itself.
 
-    backbone: any module, trained in place, or a name of torchvision.models.
+    backbone: any module, whose weights are trained, or a name of torchvision.models. The module's
+        layers stay its own: BatchNorm over the whole batch, hooks, modes and what is frozen.
     hidden_layer: the name of the layer whose output is the representation, or its index among the
         network's children; -1 is the network's own output (of a torchvision name without its
         classifier).
     image_size: side of the views in pixels.
-    augment_fn, augment_fn2: images [N, 3, H, W] to normalised views [N, 3, S, S]; by default the
-        paper's two views (see `RandomView`). With `augment_fn` alone both views are made by it.
+    augment_fn, augment_fn2: images [N, C, H, W] to normalised views [N, C, S, S]; by default the
+        paper's two views of colour images (see `RandomView`). With `augment_fn` alone both views
+        are made by it. C is what the backbone takes.
     moving_average_decay: τ of `update_moving_average`.
     use_momentum: False drops the target network (SimSiam): the target is the online network behind
         a stop-gradient, and there is no average to update.
     projection_size, projection_hidden_size: of projector and predictor.
     options: the further ones of `byol_fast.model.BYOL`, such as `predictor="directpred"` or
         `norm="group-ws"`.
+
+    Weights may be bf16 or fp16: views follow them, and the moving average loses nothing (its
+    remainders are in the state dict). Otherwise keep fp32 and use autocast.
 
     Raises ValueError as `byol_fast.model.BYOL` does.
     """
@@ -68,9 +73,9 @@ class BYOL(model.BYOL):
     def forward(
         self, x: Tensor, return_embedding: bool = False, return_projection: bool = True
     ) -> Any:
-        """The loss of images [N, 3, H, W], or of two views [2, N, 3, S, S] made elsewhere.
+        """The loss of images [N, C, H, W], or of two views [2, N, C, S, S] made elsewhere.
 
-        return_embedding: of images [N, 3, S, S] as they are (normalise them as the views) give
+        return_embedding: of images [N, C, S, S] as they are (normalise them as the views) give
             projection [N, D] and representation [N, F]; with `return_projection=False` the latter
             alone. BatchNorm takes them as one batch; call `eval()` first to use its running
             statistics.
@@ -92,7 +97,8 @@ class BYOL(model.BYOL):
                 "use_momentum=False has no moving average: leave update_moving_average() out "
                 "(for a directpred predictor call update_predictor())"
             )
-        ema_(self.target_ema_params(), self.online_ema_params(), self.moving_average_decay)
+        pairs = self.target_ema_params(), self.online_ema_params()
+        self.average_(*pairs, self.moving_average_decay)
 
     def _embed(self, images: Tensor, with_projection: bool) -> Tensor | tuple[Tensor, Tensor]:
         encoder = self.online.encoder
@@ -101,7 +107,7 @@ class BYOL(model.BYOL):
         for layer in norms:
             layer.views = 1  # these are images, not two views of half as many
         try:
-            representation: Tensor = encoder.backbone(images)
+            representation: Tensor = encoder.backbone(self._as_input(images))
             if not with_projection:
                 return representation
             return encoder.projector(representation), representation

@@ -15,10 +15,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from byol_fast.networks.norm_ops import normalise
 
 Sync = bool | dist.ProcessGroup
+
+_NO_MOMENTUM = (
+    "ViewBatchNorm does not count batches, so momentum=None (a cumulative average) "
+    "has no meaning: give a number such as 0.1"
+)
 
 
 class ViewBatchNorm(_BatchNorm):
@@ -52,10 +58,7 @@ class ViewBatchNorm(_BatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if momentum is None:
-            raise ValueError(
-                "ViewBatchNorm does not count batches, so momentum=None (a cumulative average) "
-                "has no meaning: give a number such as 0.1"
-            )
+            raise ValueError(_NO_MOMENTUM)
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
         self.views = views
@@ -116,32 +119,19 @@ class ViewBatchNorm(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def convert(module: nn.Module, *, views: int = 2, sync: Sync = False) -> nn.Module:
-    """Replace every BatchNorm (SyncBatchNorm too) below `module` by ViewBatchNorm, in place.
-
-    Parameters and buffers are taken over, not copied. Returns the module; a new one only if it is
-    itself a BatchNorm. A layer used in two places stays one layer. What timm's BatchNormAct2d does
-    besides is kept; another subclass with a forward of its own raises ValueError.
-    """
-    made: dict[nn.Module, ViewBatchNorm] = {}
-
-    def replacement(old: nn.Module) -> nn.Module:
-        if not isinstance(old, _BatchNorm) or isinstance(old, ViewBatchNorm):
-            return old
-        if old not in made:
-            made[old] = _as_view_norm(old, views, sync)
-        return made[old]
-
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child is not None:
-                parent._modules[name] = replacement(child)
-    set_views(module, views)
-    set_sync(module, sync)
-    return replacement(module)
+class ViewBatchNorm1d(ViewBatchNorm, nn.BatchNorm1d):
+    """What `convert` makes of nn.BatchNorm1d; still one for code that asks with isinstance."""
 
 
-class ViewBatchNormAct(ViewBatchNorm):
+class ViewBatchNorm2d(ViewBatchNorm, nn.BatchNorm2d):
+    """What `convert` makes of nn.BatchNorm2d."""
+
+
+class ViewBatchNorm3d(ViewBatchNorm, nn.BatchNorm3d):
+    """What `convert` makes of nn.BatchNorm3d."""
+
+
+class ViewBatchNormAct(ViewBatchNorm2d):
     """With what timm's BatchNormAct2d does to its output: `drop`, then `act`, of the same names."""
 
     drop: nn.Module
@@ -151,36 +141,66 @@ class ViewBatchNormAct(ViewBatchNorm):
         return cast(Tensor, self.act(self.drop(super().forward(input))))
 
 
+_PLAIN = (ViewBatchNorm1d, ViewBatchNorm2d, ViewBatchNorm3d)
+
+
+def convert(module: nn.Module, *, views: int = 2, sync: Sync | None = None) -> nn.Module:
+    """Turn every BatchNorm (SyncBatchNorm too) of `module` into a ViewBatchNorm, in place.
+
+    Layers stay the same objects, so parameters, buffers, hooks and sharing are kept. What timm's
+    BatchNormAct2d does besides is kept too. Returns the module.
+
+    sync: as in ViewBatchNorm; None keeps what each layer has: its group for a SyncBatchNorm.
+
+    Raises ValueError for another subclass with a forward of its own, for `momentum=None` and for
+    parametrized weights. Nothing has been changed then.
+    """
+    found = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    kinds = [_kind(layer) for layer in found]  # all are asked before the first is changed
+    for layer, kind in zip(found, kinds, strict=True):
+        if not isinstance(layer, ViewBatchNorm):
+            own = isinstance(layer, nn.SyncBatchNorm) and (layer.process_group or True)
+            layer.__class__ = kind
+            cast(ViewBatchNorm, layer).sync = own
+    set_views(module, views)
+    if sync is not None:
+        set_sync(module, sync)
+    return module
+
+
 def does_more(norm: _BatchNorm) -> bool:
     """Whether a layer of this class does something of its own besides BatchNorm."""
     ours_and_torchs = (_BatchNorm, nn.SyncBatchNorm, ViewBatchNorm)
     return type(norm).forward not in [kind.forward for kind in ours_and_torchs]
 
 
-def _as_view_norm(old: _BatchNorm, views: int, sync: Sync) -> ViewBatchNorm:
-    kind = ViewBatchNorm
-    if does_more(old):
-        if old._modules.keys() != {"drop", "act"}:
-            raise ValueError(
-                f"the backbone's {type(old).__name__} is a BatchNorm with a forward of its own, "
-                "and it is not known what that does: use nn.BatchNorm2d and a layer of its own"
-            )
-        kind = ViewBatchNormAct
-    new = kind(
-        old.num_features,
-        old.eps,
-        cast(float, old.momentum),
-        affine=False,
-        track_running_stats=False,
-        views=views,
-        sync=sync,
-    )
-    new.affine, new.track_running_stats = old.affine, old.track_running_stats
-    new._parameters.update(old._parameters)
-    new._buffers.update(old._buffers)
-    new._modules.update(old._modules)
-    new.training = old.training
-    return new
+def _kind(norm: _BatchNorm) -> type[ViewBatchNorm]:
+    """The class that does the same per view."""
+    if isinstance(norm, ViewBatchNorm):
+        return type(norm)
+    name = type(norm).__name__
+    if is_parametrized(norm):
+        raise ValueError(
+            f"the backbone's {name} has a parametrization, which cannot be kept per view: remove "
+            "it with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if norm.momentum is None:
+        raise ValueError(_NO_MOMENTUM)
+    # Also of a SyncBatchNorm that torch has made of one: it keeps these two, and does not run them.
+    if norm._modules.keys() == {"drop", "act"}:
+        return ViewBatchNormAct
+    if does_more(norm):
+        raise ValueError(
+            f"the backbone's {name} is a BatchNorm with a forward of its own, "
+            "and it is not known what that does: use nn.BatchNorm2d and a layer of its own"
+        )
+    return next((kind for kind in _PLAIN if isinstance(norm, kind.__mro__[2])), ViewBatchNorm)
+
+
+def synchronised(module: nn.Module) -> Sync:
+    """Whom the first ViewBatchNorm below `module` that shares its statistics shares them with."""
+    norms = (layer for layer in module.modules() if isinstance(layer, ViewBatchNorm))
+    return next((norm.sync for norm in norms if norm.sync), False)
 
 
 def set_views(module: nn.Module, views: int) -> None:

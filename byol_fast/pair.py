@@ -16,18 +16,18 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
+from byol_fast.average import Averaging
 from byol_fast.loss import pair_loss
-from byol_fast.model import MLP, VIEWS, Encoder, StopGradient
+from byol_fast.model import MLP, VIEWS, Encoder, PerView, StopGradient
 from byol_fast.networks.backbone import build_backbone, feature_dim
 from byol_fast.networks.predictors import closed_form
-from byol_fast.optim import ema_
 from byol_fast.views import CentreView, RandomView
 from pipelines.spec import AugmentSpec
 
 _MOCK_SIZE = 224  # any size does for a ResNet
 
 
-class BYOL(nn.Module):
+class BYOL(Averaging, PerView):
     """Online and target network; a pair of views in, four tensors out.
 
     input_size: F, the features of `backend`: 512 for resnet18 and 34, 2048 for the larger ones.
@@ -107,7 +107,8 @@ class BYOL(nn.Module):
     def updateTargetNetwork(self) -> None:
         """After each optimizer step: target = t·target + (1 − t)·online. Nothing if not EAvg."""
         if isinstance(self.target, Encoder):
-            ema_(list(self.target.parameters()), list(self.online.parameters()), self.t)
+            followers: list[Tensor] = list(self.target.parameters())
+            self.average_(followers, list(self.online.parameters()), self.t)
 
 
 def criterion(onlinex: Tensor, targetx1: Tensor, onlinex1: Tensor, targetx: Tensor) -> Tensor:

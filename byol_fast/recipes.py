@@ -9,13 +9,13 @@ A value set by hand always wins.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from byol_fast.config import FLAGS, Config, get, replace
+from byol_fast.ranks import number
 from byol_fast.session.split import Split, share_out
 from byol_fast.settings import RECIPE
 
@@ -50,6 +50,7 @@ COMMON: dict[str, Any] = {
     "optim.variant": "paper",
     "model.stem": "imagenet",
     "model.hidden_size": 4096,
+    "model.init": "torch",
     "run.precision": "auto",
     "monitor.eval_every": 10,
     "monitor.log_every": 50,
@@ -89,6 +90,7 @@ RECIPES: dict[str, Recipe] = {
             300: Row(base_lr=0.3, weight_decay=1e-6, target_decay=0.99),
             1000: Row(base_lr=0.2, weight_decay=1.5e-6, target_decay=0.996),
         },
+        values={"model.init": "authors"},
     ),
     "mmpretrain": Recipe(
         source="mmpretrain, byol_resnet50_16xb256-coslr-200e_in1k",
@@ -285,5 +287,5 @@ def _steps(epochs: float, samples: int, batch: int) -> int:
 
 def _together(config: Config, ranks: int) -> int:
     """Ranks whose BatchNorm statistics are taken together."""
-    of_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))  # torchrun sets it
+    of_a_node = number("LOCAL_WORLD_SIZE", least=1) or ranks  # torchrun sets it
     return {"none": 1, "group": of_a_node, "world": ranks}[config.model.bn_sync]

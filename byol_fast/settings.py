@@ -109,6 +109,11 @@ class ModelConfig(Section):
         "which layer is the representation: the name or the index of a child", default=-1
     )
     target_decay: float = of_recipe("EMA decay at step 0; rises to 1", at_least=0, at_most=1)
+    init: Literal["authors", "torch"] = of_recipe(
+        "how weights are drawn at the start: as the authors do (of a ResNet and of the heads; the "
+        "target's by themselves), or as torch and torchvision do, the target being a copy",
+        free=True,
+    )  # free: a run that goes on keeps what it began with
     method: str = setting(
         "byol, or what differs from it, joined by +: simsiam (the target is the online network "
         "behind a stop-gradient), directpred (a predictor set from its inputs' correlation), "

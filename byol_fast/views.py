@@ -77,11 +77,15 @@ def as_bytes(images: Tensor) -> Tensor:
     """Images [N, 3, H, W] or [3, H, W] as a uint8 batch. Raises ValueError for other shapes."""
     batch = images if images.dim() == 4 else images[None]
     if batch.dim() != 4 or batch.shape[1] != 3:
-        raise ValueError(f"expected images [N, 3, H, W] or [3, H, W], got {list(images.shape)}")
+        raise ValueError(
+            f"expected images [N, 3, H, W] or [3, H, W], got {list(images.shape)}: these views are "
+            "for 3 channels, so give others an augmentation of your own (augment_fn=)"
+        )
     if batch.dtype == torch.uint8:
         return batch
     if not batch.is_floating_point():
         raise ValueError(f"images are uint8 or floats in [0, 1], got {batch.dtype}")
+    batch = batch.float()  # halves would round the 255 levels
     if len(batch) and (batch.min() < 0 or batch.max() > 1):
         warnings.warn(
             "images outside [0, 1] are clipped: give them as they were decoded, not normalised; "

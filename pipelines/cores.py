@@ -22,7 +22,8 @@ def worker_threads(ranks: int = 1) -> int:
 
 def ranks_here() -> int:
     """Processes of this run on this machine, as torchrun says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    text = os.environ.get("LOCAL_WORLD_SIZE", "").strip()
+    return max(1, int(text)) if text.isdecimal() else 1  # checked where ranks are started
 
 
 def limit_torch_threads() -> None:

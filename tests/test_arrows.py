@@ -22,6 +22,7 @@ LIGHT = [
     "flags",
     "arguments",
     "errors",
+    "ranks",
     "_version",
 ]
 

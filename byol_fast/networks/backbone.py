@@ -1,11 +1,12 @@
 """Backbones: any torchvision classification network by name, or any module's hidden layer.
 
-Both become a module that maps images [N, 3, S, S] to features [N, F].
+Both become a module that maps images [N, C, S, S] to features [N, F].
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -13,7 +14,9 @@ import torchvision
 from torch import Tensor, nn
 
 from byol_fast.networks.groupnorm import to_group_norm
+from byol_fast.networks.mock import mock, side
 from byol_fast.networks.padding import Padding, set_padding
+from byol_fast.networks.sharing import sharing, usable
 from byol_fast.norm import convert
 
 Norm = Literal["batch", "group-ws"]
@@ -34,23 +37,60 @@ class HiddenOutput(nn.Module):
         self.net = net
         self.layer = layer
         self._seen: Any = None
+        # Where a parameter is in a network that was handed in, and where its frozen alias is here.
+        self._idle: list[tuple[dict[str, Any], nn.Module, str]] = []
         if layer is not None:
             net.get_submodule(layer).register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._seen = output
+        # A copy: an in-place ReLU or += of the next layer would change it.
+        self._seen = output.clone() if isinstance(output, Tensor) else output
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, 3, S, S] -> [N, F]
-        features = self.net(x)
-        if self.layer is not None:
-            features, self._seen = self._seen, None
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, S, S] -> [N, F]
+        try:
+            features = self.net(x)
+            if self.layer is not None:
+                features = self._seen
+        finally:
+            self._seen = None
+        where = f"hidden layer {self.layer!r}" if self.layer else "the backbone"
         if not isinstance(features, Tensor):
-            where = f"hidden layer {self.layer!r}" if self.layer else "the backbone"
             raise ValueError(
                 f"{where} gives {type(features).__name__}, not a tensor: name a hidden layer that "
                 "gives one and is run in every forward"
             )
+        if features.dim() < 2:
+            raise ValueError(
+                f"{where} gives a tensor of shape {list(features.shape)}: features are [N, …], "
+                "name another hidden layer"
+            )
         return features.flatten(1)
+
+    def freeze(self, parameters: set[Tensor], given: nn.Module | None) -> None:
+        """Freeze parameters here; those of `given`, which `net` shares, stay trainable there."""
+        if given is None:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            return
+        aliases = {p: nn.Parameter(p.detach(), requires_grad=False) for p in parameters}
+        for layer in self.net.modules():
+            theirs = layer._parameters
+            here = {n: aliases[p] for n, p in theirs.items() if p is not None and p in aliases}
+            if here:
+                layer._parameters = {**theirs, **here}
+                self._idle += [(theirs, layer, name) for name in here]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HiddenOutput:
+        """As nn.Module's (`.to`, `.half`, …): what is frozen here goes along in its network."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for theirs, layer, name in self._idle:
+            mine = layer._parameters[name]
+            assert mine is not None
+            if torch._has_compatible_shallow_copy_type(theirs[name].data, mine.data):
+                theirs[name].data = mine.data
+            else:  # from the meta device
+                theirs[name] = nn.Parameter(mine.data, theirs[name].requires_grad)
+        return self
 
 
 def build_backbone(
@@ -63,11 +103,13 @@ def build_backbone(
     norm: Norm = "batch",
     padding: Padding = "symmetric",
 ) -> nn.Module:
-    """A module from [N, 3, S, S] to features [N, F].
+    """A module from [N, C, S, S] to features [N, F]; C is 3 for torchvision's networks.
 
     backbone: a name of `torchvision.models`, freshly initialised; with `hidden_layer=-1` its last
-        classifier layer is taken off and the state dict keeps torchvision's keys. Or any module,
-        used as it is (not copied).
+        classifier layer is taken off and the state dict keeps torchvision's keys. Or any module:
+        what is returned shares its parameters and buffers, and leaves its layers, hooks, modes
+        and `requires_grad` alone (with norm="group-ws" its layers are replaced, as nothing else
+        could use the weights).
     stem: "cifar" gives a ResNet a 3×3 first convolution of stride 1 and no max-pool.
     hidden_layer: -1 for what the module puts out; otherwise a layer's name, or its index among
         the children (-2: the last but one). The layer's output is flattened from dimension 1.
@@ -75,13 +117,14 @@ def build_backbone(
     views: above 1, BatchNorm layers become `ViewBatchNorm` with that many views, weights kept.
     norm: "group-ws" puts GroupNorm in BatchNorm's place and standardises the weights before it.
 
-    Raises ValueError for an unknown name, layer, stem or norm, and for an image size that it cannot
-    take.
+    Raises ValueError for an unknown name, layer, stem or norm, for an image size that it cannot
+    take, and for a module that cannot be trained (wrapped in DataParallel, TorchScript, lazy).
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm is batch or group-ws, got {norm!r}")
+    size, given = side(image_size), None
     if isinstance(backbone, str):
-        net = _torchvision(backbone, stem, image_size)
+        net = _torchvision(backbone, stem, size)
         if padding != "symmetric":
             if not _is_resnet(net):
                 raise ValueError(f"padding {padding} is for ResNets, not for {backbone!r}")
@@ -93,30 +136,38 @@ def build_backbone(
     elif stem != "imagenet":
         raise ValueError("stem belongs to torchvision names; a module brings its own")
     else:
-        net = backbone
-    if any(torch.nn.parameter.is_lazy(p) for p in [*net.parameters(), *net.buffers()]):
-        raise ValueError(
-            "the backbone has lazy layers without weights: run one batch through it first, so "
-            "that optimizer and target see every parameter"
-        )
+        given = usable(backbone)
+        if norm == "group-ws":
+            to_group_norm(given)
+        net = sharing(given)
     if norm == "group-ws":
         net = to_group_norm(net)
     elif views > 1:
         net = convert(net, views=views)
-    name = str(backbone) if isinstance(backbone, str) else type(backbone).__name__
+    name = backbone if isinstance(backbone, str) else type(backbone).__name__
     net = _at_layer(net, hidden_layer)
-    features = _mock(net, image_size, name)
+    with torch.no_grad():
+        features = mock(net, size, name)
     if isinstance(net, HiddenOutput):
-        _freeze_unused(net, image_size, name)
+        net.freeze(_unused(net, size, name), given)
     elif not isinstance(features, Tensor) or features.dim() != 2:
         net = HiddenOutput(net, None)
-        _mock(net, image_size, name)
+        with torch.no_grad():
+            features = mock(net, size, name)
+    if not features.is_floating_point():
+        raise ValueError(f"backbone {name!r} gives features of {features.dtype}, not real numbers")
+    if features.shape[0] != 1:
+        raise ValueError(
+            f"backbone {name!r} gives {list(features.shape)} for one image: its first dimension is "
+            "not the batch's; name another hidden layer"
+        )
     return net
 
 
 def feature_dim(backbone: nn.Module, image_size: int) -> int:
     """F, found with one image of zeros in evaluation mode; running statistics stay untouched."""
-    features = cast(Tensor, _mock(backbone, image_size, type(backbone).__name__))
+    with torch.no_grad():
+        features = cast(Tensor, mock(backbone, image_size, type(backbone).__name__))
     return features.shape[1]
 
 
@@ -136,7 +187,9 @@ def _torchvision(name: str, stem: Stem, image_size: int) -> nn.Module:
     try:
         net: nn.Module = torchvision.models.get_model(name, weights=None, **extra)
     except AssertionError as error:  # a ViT's patches do not fill the image
-        raise _misfit(name, image_size, error) from error
+        raise ValueError(
+            f"backbone {name!r} cannot take {image_size}×{image_size} images: {error}"
+        ) from error
     if stem == "cifar":
         if not _is_resnet(net):
             raise ValueError(f"the cifar stem is for ResNets, not for {name!r}")
@@ -169,6 +222,8 @@ def _drop_classifier(net: nn.Module) -> None:
 def _at_layer(net: nn.Module, hidden_layer: HiddenLayer) -> nn.Module:
     if hidden_layer == -1:
         return net
+    if isinstance(hidden_layer, bool) or not isinstance(hidden_layer, int | str):
+        raise ValueError(f"hidden_layer is a layer's name or index, got {hidden_layer!r}")
     children = [name for name, _ in net.named_children()]
     if isinstance(hidden_layer, int):
         if not -len(children) <= hidden_layer < len(children):
@@ -186,32 +241,14 @@ def _at_layer(net: nn.Module, hidden_layer: HiddenLayer) -> nn.Module:
     return HiddenOutput(net, hidden_layer)
 
 
-def _mock(net: nn.Module, image_size: int, name: str) -> Any:
-    """One image of zeros through `net` in evaluation mode; every mode is restored."""
-    modes = {module: module.training for module in net.modules()}
-    like = next(net.parameters(), torch.empty(0))
-    image = torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
-    try:
-        return net.eval()(image)
-    except (RuntimeError, AssertionError) as error:
-        raise _misfit(name, image_size, error) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _misfit(name: str, image_size: int, error: Exception) -> ValueError:
-    return ValueError(f"backbone {name!r} cannot take {image_size}×{image_size} images: {error}")
-
-
-def _freeze_unused(net: nn.Module, image_size: int, name: str) -> None:
-    """Freeze what the hidden layer does not depend on: DDP waits for every trainable gradient."""
+def _unused(net: nn.Module, image_size: int, name: str) -> set[Tensor]:
+    """Trainable parameters that the hidden layer does not depend on: DDP waits for gradients."""
     params = [p for p in net.parameters() if p.requires_grad]
-    if not params:
-        return
+    if any(p.is_inference() for p in net.parameters()):
+        return set()  # nothing can be trained
     with torch.enable_grad():
-        total = _mock(net, image_size, name).sum()
-        for p, grad in zip(
-            params, torch.autograd.grad(total, params, allow_unused=True), strict=True
-        ):
-            p.requires_grad_(grad is not None)
+        total = mock(net, image_size, name).sum()
+        if not total.requires_grad:  # all that it depends on is frozen
+            return set(params)
+        grads = torch.autograd.grad(total, params, allow_unused=True)
+    return {p for p, grad in zip(params, grads, strict=True) if grad is None}

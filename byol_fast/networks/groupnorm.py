@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from byol_fast.norm import does_more
 
@@ -46,26 +47,32 @@ class StandardisedLinear(nn.Linear):
 
 
 def to_group_norm(module: nn.Module, groups: int = GROUPS) -> nn.Module:
-    """Replace every BatchNorm below `module` by GroupNorm, and standardise the weights before it.
+    """In place: every BatchNorm of `module` a GroupNorm, and the weights before it standardised.
 
-    That is every convolution, and a linear layer that stands right before a BatchNorm in a
-    Sequential. Parameters are taken over, not copied, and keep their names; running statistics go.
-    A number of channels that `groups` does not divide gets their greatest common divisor of groups.
-    A module without BatchNorm is left as it is. In place; returns the module.
+    These are those of every convolution, and of a linear layer right before a BatchNorm in a
+    Sequential. Layers stay the same objects, with their parameters and hooks; running statistics
+    go. A number of channels that `groups` does not divide gets their greatest common divisor of
+    groups. A module without BatchNorm is left as it is. Returns the module.
+
+    Raises ValueError for a BatchNorm that does more, and for weights that are computed (weight or
+    spectral norm, parametrizations). Nothing has been changed then.
     """
-    if not any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+    layers = list(module.modules())
+    norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
+    if not norms:
         return module
-    made: dict[nn.Module, nn.Module] = {}  # a layer used in two places stays one layer
-    for parent in list(module.modules()):
-        before = set(_before_a_norm(parent))
-        for name, child in parent._modules.items():  # named_children() names a shared layer once
-            if child is None:
-                continue
-            if child not in made and (new := _replacement(child, child in before, groups)):
-                made[child] = new
-            if child in made:
-                parent._modules[name] = made[child]
-    return made.get(module) or _replacement(module, False, groups) or module
+    before = {layer for parent in layers for layer in _before_a_norm(parent)}
+    standardised = [layer for layer in layers if _has_weights_for(layer, layer in before)]
+    for layer in [*norms, *standardised]:
+        _refuse_what_would_be_lost(layer)
+    for norm in norms:
+        channels = norm.num_features
+        norm._buffers.clear()
+        norm.__class__ = nn.GroupNorm  # type: ignore[assignment]
+        vars(norm).update(num_groups=math.gcd(groups, channels), num_channels=channels)
+    for layer in standardised:
+        layer.__class__ = StandardisedConv2d if isinstance(layer, nn.Conv2d) else StandardisedLinear
+    return module
 
 
 def _before_a_norm(parent: nn.Module) -> Iterator[nn.Module]:
@@ -75,35 +82,23 @@ def _before_a_norm(parent: nn.Module) -> Iterator[nn.Module]:
             yield layer
 
 
-def _replacement(old: nn.Module, before_a_norm: bool, groups: int) -> nn.Module | None:
-    new: nn.Module
-    if isinstance(old, _BatchNorm):
-        if does_more(old):
-            raise ValueError(
-                f"group-ws cannot take the place of the backbone's {type(old).__name__}, which "
-                "does more than BatchNorm: use nn.BatchNorm2d and a layer of its own for the rest"
-            )
-        new = nn.GroupNorm(
-            math.gcd(groups, old.num_features), old.num_features, old.eps, old.affine, device="meta"
+def _has_weights_for(layer: nn.Module, before_a_norm: bool) -> bool:
+    kind = type_before_parametrizations(layer)
+    if kind is nn.Conv2d:
+        return cast(Tensor, layer.weight)[0].numel() > 1  # of one weight nothing is left
+    return kind is nn.Linear and before_a_norm
+
+
+def _refuse_what_would_be_lost(layer: nn.Module) -> None:
+    name = type(layer).__name__
+    if isinstance(layer, _BatchNorm) and does_more(layer):
+        raise ValueError(
+            f"group-ws cannot take the place of the backbone's {name}, which does more than "
+            "BatchNorm: use nn.BatchNorm2d and a layer of its own for the rest"
         )
-    elif type(old) is nn.Conv2d and old.weight[0].numel() > 1:  # of one weight nothing is left
-        new = StandardisedConv2d(
-            old.in_channels,
-            old.out_channels,
-            cast("tuple[int, int]", old.kernel_size),
-            cast("tuple[int, int]", old.stride),
-            cast("tuple[int, int]", old.padding),
-            cast("tuple[int, int]", old.dilation),
-            old.groups,
-            old.bias is not None,
-            cast("str", old.padding_mode),  # type: ignore[arg-type]
-            device="meta",
+    # A BatchNorm without affine has it as None; weight norm and the like keep it under other names.
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            f"group-ws cannot standardise the backbone's {name}, whose weight is computed from "
+            "other parameters: remove weight norm, spectral norm or parametrizations first"
         )
-    elif type(old) is nn.Linear and before_a_norm:
-        new = StandardisedLinear(
-            old.in_features, old.out_features, old.bias is not None, device="meta"
-        )
-    else:
-        return None
-    new._parameters.update(old._parameters)
-    return new.train(old.training)

@@ -74,17 +74,7 @@ def set_padding(resnet: nn.Module, padding: Padding) -> None:
 def _same(layer: nn.Module) -> nn.Module:
     # Only where a stride meets a larger kernel do the two paddings differ.
     if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 and max(layer.kernel_size) > 1:
-        new = SameConv2d(
-            layer.in_channels,
-            layer.out_channels,
-            cast(tuple[int, int], layer.kernel_size),
-            cast(tuple[int, int], layer.stride),
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            device="meta",
-        )
-        new.weight, new.bias = layer.weight, layer.bias
-        return new.train(layer.training)
+        layer.__class__ = SameConv2d
     if isinstance(layer, nn.MaxPool2d):
         return SameMaxPool2d(cast(int, layer.kernel_size), cast(int, layer.stride))
     return layer

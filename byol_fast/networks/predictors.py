@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ class DirectPred(nn.Module):
     In training mode a forward pass adds to the moment; `update()` makes F and W of all that came
     since the last one, over all ranks. So micro-batches count as one batch. F and W are buffers:
     they take no gradient, and checkpoints hold them. W is the identity until the first update.
+    `.half()` and the like convert W alone: moments and eigenvalues stay fp32.
     """
 
     weight: Tensor
@@ -38,6 +41,15 @@ class DirectPred(nn.Module):
         self.register_buffer("moment", torch.zeros(dim, dim))  # sum of z zᵀ since the last update
         self.register_buffer("rows", torch.zeros(()))
         self.register_buffer("updates", torch.zeros(()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DirectPred:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("correlation", "moment", "rows", "updates"):
+            buffer = self._buffers[name]
+            assert buffer is not None
+            if torch.finfo(buffer.dtype).bits < 32:
+                self._buffers[name] = buffer.float()
+        return self
 
     def forward(self, z: Tensor) -> Tensor:
         if self.training:
@@ -63,7 +75,8 @@ class DirectPred(nn.Module):
         values, vectors = torch.linalg.eigh(self.correlation)
         tiny = torch.finfo(values.dtype).tiny
         values = (values.clamp_min(0) / values.max().clamp_min(tiny)).sqrt() + self.boost
-        self.weight.copy_(torch.where(good, (vectors * values) @ vectors.T, self.weight))
+        new = (vectors * values) @ vectors.T
+        self.weight.copy_(torch.where(good, new, self.weight.to(new.dtype)))
         self.updates += good
         self.moment.zero_()
         self.rows.zero_()

@@ -59,36 +59,20 @@ class TrimmedConv2d(nn.Conv2d):
 
 
 def trim(module: nn.Module) -> None:
-    """Put a TrimmedConv2d in place of every plain convolution below `module`; weights are kept."""
-    made: dict[nn.Module, nn.Module] = {}
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if type(child) is nn.Conv2d and _plain(child):
-                if child not in made:
-                    made[child] = _trimmed(child)
-                parent._modules[name] = made[child]
+    """Make every plain convolution of `module` a TrimmedConv2d; the layers stay the same objects.
+
+    So weights, hooks, buffers and whatever else a layer carries are kept.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and _plain(layer):
+            layer.__class__ = TrimmedConv2d
 
 
 def _plain(layer: nn.Conv2d) -> bool:
     return (
-        not layer._forward_hooks  # a hidden layer's: they would not come along
-        and max(layer.kernel_size) > 1
+        max(layer.kernel_size) > 1
         and not isinstance(layer.padding, str)
         and max(layer.padding) > 0
         and layer.padding_mode == "zeros"
         and max(layer.dilation) == layer.groups == 1
     )
-
-
-def _trimmed(old: nn.Conv2d) -> TrimmedConv2d:
-    new = TrimmedConv2d(
-        old.in_channels,
-        old.out_channels,
-        cast(tuple[int, int], old.kernel_size),
-        cast(tuple[int, int], old.stride),
-        cast(tuple[int, int], old.padding),
-        bias=old.bias is not None,
-        device="meta",
-    )
-    new._parameters.update(old._parameters)
-    return new.train(old.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import platform
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from byol_fast import checkpoint
 from byol_fast import config as configuration
 from byol_fast.distributed import World
 from byol_fast.errors import CheckpointError
+from byol_fast.recipes import Resolved
 from byol_fast.session.runfolder import RunFolder
 from pipelines import parts
 
@@ -105,3 +107,15 @@ def same_run(state: dict[str, Any], identity: dict[str, Any], *, allowed: bool) 
             f"--checkpoint.allow-config-change"
         )
     log.warning("going on from a checkpoint of another configuration:\n  %s", listed)
+
+
+def begun_as(state: dict[str, Any], resolved: Resolved) -> Resolved:
+    """The settings with the initialisation that the run began with, which is recorded again.
+
+    Checkpoints of before there was a choice had torch's.
+    """
+    began = configuration.from_dict(state["config"], "the checkpoint").model.init or "torch"
+    if began != resolved.config.model.init:
+        log.info("the run began with --model.init %s, which stays", began)
+    config = configuration.replace(resolved.config, {"model.init": began})
+    return dataclasses.replace(resolved, config=config)

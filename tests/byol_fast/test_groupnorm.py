@@ -74,6 +74,14 @@ def test_heads_and_shared_layers() -> None:
     assert type(to_group_norm(plain)[0]) is nn.Conv2d  # no BatchNorm: nothing is changed
 
 
+def test_layers_keep_their_hooks() -> None:
+    net, calls = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), []
+    for layer in net:
+        layer.register_forward_hook(lambda module, *_: calls.append(module))
+    to_group_norm(net)(torch.randn(1, 3, 4, 4))
+    assert calls == list(net) and isinstance(net[1], nn.GroupNorm)
+
+
 @pytest.fixture(scope="module")
 def model() -> BYOL:
     torch.manual_seed(0)

@@ -65,7 +65,7 @@ def test_named_children_shapes_and_detached_representation():
     assert prediction.shape == (12, 8) and representation.shape == (12, model.feature_dim)
     assert prediction.requires_grad and not representation.requires_grad
     assert model.target(x).shape == (12, 8) and not model.target(x).requires_grad
-    with pytest.raises(ValueError, match=r"two views \[2, B, 3, S, S\]"):
+    with pytest.raises(ValueError, match=r"two views \[2, B, C, S, S\]"):
         model(x)
 
 
@@ -348,13 +348,14 @@ def test_hidden_layer_by_name_or_index(layer):
     model = BYOL(net, layer, 8, **SMALL)
     assert model.feature_dim == 16  # 4 channels × 2 × 2, flattened
     x = views(4, 8).flatten(0, 1)
-    wanted = net.pool(net.norm(net.stem(x)).relu()).flatten(1)
-    torch.testing.assert_close(model.online(x)[2], wanted)
+    wanted = [net.pool(net.norm(net.stem(view)).relu()).flatten(1) for view in x.chunk(2)]
+    torch.testing.assert_close(model.online(x)[2], torch.cat(wanted))
     # What the layer does not depend on is frozen: DDP waits for every trainable gradient.
-    assert not any(p.requires_grad for p in net.tail.parameters())
+    tail = model.online.encoder.backbone.net.tail
+    assert not any(p.requires_grad for p in tail.parameters())
     model(x.unflatten(0, (2, 4))).backward()
     assert all(p.grad is not None for p in model.online.parameters() if p.requires_grad)
-    assert model.online.encoder.backbone.net is net  # trained in place
+    assert net.stem.weight.grad is not None and net.tail.weight.requires_grad
     twin = copy.deepcopy(model)
     torch.testing.assert_close(twin.online(x)[0], model.online(x)[0])
     assert len(model.online_ema_params()) == len(model.target_ema_params()) == 4 + 5
@@ -393,6 +394,8 @@ def test_hidden_layer_compiles_in_one_piece():
         (lambda: build_backbone(Net(), stem="cifar"), "a module brings its own"),
         (lambda: build_backbone(Net(), hidden_layer="pol", image_size=8), "did you mean 'pool'"),
         (lambda: build_backbone(Net(), hidden_layer=4, image_size=8), "has 4 children"),
+        (lambda: build_backbone(Net(), hidden_layer=None, image_size=8), "name or index, got None"),
+        (lambda: build_backbone(Net(), hidden_layer=True, image_size=8), "name or index, got True"),
         (lambda: build_backbone(Net(), image_size=8), "gives dict, not a tensor"),
         (lambda: build_backbone(Net(), hidden_layer="pool", image_size=2), "cannot take 2×2"),
         (lambda: build_backbone("vit_b_16", image_size=100), "cannot take 100×100.*indivisible"),

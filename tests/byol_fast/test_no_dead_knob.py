@@ -46,6 +46,7 @@ OTHER = {
     "model.hidden_size": 48,
     "model.hidden_layer": "layer3",
     "model.target_decay": 0.9,
+    "model.init": "authors",
     "model.method": "simsiam+directpred+group-ws",
     "run.precision": "bf16",
     "run.max_steps": 5,

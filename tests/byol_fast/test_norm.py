@@ -221,6 +221,39 @@ def test_an_activation_inside_the_norm_is_kept():
         convert(nn.Sequential(Doubled(3)))
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+def test_converted_layers_are_the_same_objects(kind):
+    norm, calls = kind(4), []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    norm.register_buffer("extra", torch.ones(1))
+    norm.note = "mine"
+    assert convert(norm) is norm and isinstance(norm, ViewBatchNorm)
+    assert isinstance(norm, kind)  # code that freezes BatchNorm asks so
+    norm(torch.randn(4, 4, *[2] * {nn.BatchNorm1d: 0, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[kind]))
+    assert calls == [1] and norm.extra == 1 and norm.note == "mine"
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (Doubled(3), "forward of its own"),
+        (nn.BatchNorm2d(3, momentum=None), "momentum=None"),
+        (nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(3), dim=None), "parametrization"),
+    ],
+)
+def test_what_cannot_be_converted_leaves_everything_as_it_was(norm, message):
+    net = nn.Sequential(nn.BatchNorm2d(3), norm)
+    with pytest.raises(ValueError, match=message):
+        convert(net)
+    assert type(net[0]) is nn.BatchNorm2d
+
+
+def test_a_synchronised_layer_stays_synchronised():
+    net = nn.Sequential(nn.SyncBatchNorm(3), nn.BatchNorm2d(3))
+    assert [layer.sync for layer in convert(net)] == [True, False]
+    assert [layer.sync for layer in convert(net, sync=False)] == [False, False]
+
+
 def test_compiles_in_one_piece():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), ViewBatchNorm(4), nn.ReLU(inplace=True))

@@ -12,7 +12,7 @@ import yaml
 
 from byol_fast import config
 from byol_fast.cli import pretrain_arguments
-from byol_fast.recipes import fill, resolve
+from byol_fast.recipes import RECIPES, fill, resolve
 from pipelines.spec import VIEW1, VIEW2
 
 IMAGENET = 1_281_167
@@ -104,6 +104,13 @@ def test_the_views_are_the_published_ones(recipe: str) -> None:
         assert (view.crop_area, view.blur_sigma) == ((0.08, 1.0), (0.1, 2.0))
         assert view.solarize_threshold == 0.5
     assert (VIEW1.blur, VIEW2.blur) == (1.0, 0.1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_papers_recipe_alone_starts_as_the_authors(recipe: str) -> None:
+    """mmpretrain, OpenMixup and lightly start from He normal weights, the target as a copy."""
+    wanted = "authors" if recipe == "imagenet" else "torch"
+    assert fill(config.parse(["--recipe", recipe])).model.init == wanted
 
 
 def test_the_published_shares_of_a_batch() -> None:

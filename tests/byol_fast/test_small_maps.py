@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -82,6 +83,25 @@ def test_other_convolutions_are_left_alone(layer: nn.Conv2d):
     net = nn.Sequential(layer)
     trim(net)
     assert net[0] is layer
+
+
+def test_a_layer_keeps_what_it_carries():
+    """Hooks, buffers, attributes: the hidden layer's hook and spectral norm's among them."""
+    layer, calls = nn.Conv2d(4, 4, 3, padding=1), []
+    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    layer.register_forward_hook(lambda *_: calls.append("after"))
+    layer.register_buffer("mask", torch.ones(2))
+    layer.note = "mine"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of torch call it old
+        nn.utils.spectral_norm(layer)
+    net, keys = nn.Sequential(layer), list(layer.state_dict())
+    wanted = net.eval()(x := torch.randn(2, 4, 1, 1))
+    trim(net)
+    assert net[0] is layer and isinstance(layer, TrimmedConv2d)
+    torch.testing.assert_close(net(x), wanted)
+    assert calls == ["before", "after"] * 2 and layer.note == "mine"
+    assert list(layer.state_dict()) == keys
 
 
 def test_a_convolution_that_is_the_hidden_layer_is_still_seen():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +11,7 @@ from byol_fast.evaluate import record
 from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.dense.recipes import PUBLISHED, Recipe
 from byol_fast.evaluate.published import Published
+from byol_fast.ranks import number
 from pipelines.cores import worker_threads
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def flags(parser: argparse.ArgumentParser, protocols: dict[str, R], data: str) -
 
 def recipe(args: argparse.Namespace, base: R) -> R:
     """The recipe with what the command line changes in it; raises ValueError for a bad value."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (number("WORLD_SIZE", least=1) or 1) > 1:
         raise ValueError("this task trains in one process: start it with python -m, not torchrun")
     if args.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {args.save_every}")

@@ -89,6 +89,8 @@ class BYOL(Averaging, model.BYOL):
     def update_moving_average(self) -> None:
         """After each optimizer step: the target follows the online network by one step.
 
+        All of it, also what has been frozen meanwhile: there the target may not have arrived.
+
         Raises ValueError with `use_momentum=False`: there is nothing to update.
         """
         self.update_predictor()
@@ -97,8 +99,9 @@ class BYOL(Averaging, model.BYOL):
                 "use_momentum=False has no moving average: leave update_moving_average() out "
                 "(for a directpred predictor call update_predictor())"
             )
-        pairs = self.target_ema_params(), self.online_ema_params()
-        self.average_(*pairs, self.moving_average_decay)
+        pairs = zip(self.target.parameters(), self.online.encoder.parameters(), strict=True)
+        real = [(t, o) for t, o in pairs if o.is_floating_point() or o.is_complex()]
+        self.average_([t for t, _ in real], [o for _, o in real], self.moving_average_decay)
 
     def _embed(self, images: Tensor, with_projection: bool) -> Tensor | tuple[Tensor, Tensor]:
         encoder = self.online.encoder

@@ -236,6 +236,8 @@ class BYOL(PerView):
         """The symmetric loss of two views: sum of both directions, mean over the batch."""
         if x.dim() != 5 or x.shape[0] != VIEWS:
             raise ValueError(f"expected two views [2, B, C, S, S], got {list(x.shape)}")
+        if any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
+            convert(self, views=VIEWS)  # somebody has made them of a part's layers
         flat = self._as_input(x.flatten(0, 1))
         with torch.no_grad():
             projection = self.target(flat)

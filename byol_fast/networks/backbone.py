@@ -37,22 +37,25 @@ class HiddenOutput(nn.Module):
         self.net = net
         self.layer = layer
         self._seen: Any = None
+        self._running = False
         # Where a parameter is in a network that was handed in, and where its frozen alias is here.
         self._idle: list[tuple[dict[str, Any], nn.Module, str]] = []
         if layer is not None:
             net.get_submodule(layer).register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A copy: an in-place ReLU or += of the next layer would change it.
-        self._seen = output.clone() if isinstance(output, Tensor) else output
+        if self._running:  # gradient checkpointing runs layers again in the backward pass
+            # A copy: an in-place ReLU or += of the next layer would change it.
+            self._seen = output.clone() if isinstance(output, Tensor) else output
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, S, S] -> [N, F]
+        self._running = True
         try:
             features = self.net(x)
             if self.layer is not None:
                 features = self._seen
         finally:
-            self._seen = None
+            self._running, self._seen = False, None
         where = f"hidden layer {self.layer!r}" if self.layer else "the backbone"
         if not isinstance(features, Tensor):
             raise ValueError(
@@ -246,9 +249,12 @@ def _unused(net: nn.Module, image_size: int, name: str) -> set[Tensor]:
     params = [p for p in net.parameters() if p.requires_grad]
     if any(p.is_inference() for p in net.parameters()):
         return set()  # nothing can be trained
-    with torch.enable_grad():
-        total = mock(net, image_size, name).sum()
-        if not total.requires_grad:  # all that it depends on is frozen
+
+    def without_gradient(features: Tensor) -> set[Tensor]:
+        if not features.requires_grad:  # all that it depends on is frozen
             return set(params)
-        grads = torch.autograd.grad(total, params, allow_unused=True)
-    return {p for p, grad in zip(params, grads, strict=True) if grad is None}
+        grads = torch.autograd.grad(features.sum(), params, allow_unused=True)
+        return {p for p, grad in zip(params, grads, strict=True) if grad is None}
+
+    with torch.enable_grad():
+        return cast("set[Tensor]", mock(net, image_size, name, without_gradient))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,9 +42,11 @@ def input_like(net: nn.Module) -> Tensor:
     return torch.empty(0, device=None if first is None else first.device)
 
 
-def mock(net: nn.Module, image_size: int, name: str) -> Any:
-    """What `net` gives for one image [1, C, S, S] of zeros in evaluation mode, without gradient
-    unless it is enabled by the caller.
+def mock(
+    net: nn.Module, image_size: int, name: str, use: Callable[[Any], Any] = lambda output: output
+) -> Any:
+    """What `net` gives for one image [1, C, S, S] of zeros in evaluation mode; or what `use` makes
+    of that while the mode lasts. Without gradient unless it is enabled by the caller.
 
     C is 3, or what the convolutions take where three channels fail. Modes, statistics and whatever
     a layer keeps from its forward are as before.
@@ -58,7 +60,7 @@ def mock(net: nn.Module, image_size: int, name: str) -> Any:
         image = like.new_zeros(1, channels, size, size)
         try:
             with _untouched(net, training=False):
-                return net(image)
+                return use(net(image))
         except _REFUSALS as error:
             failed[channels] = error
     reason = failed[convs[0] if convs else 3]
@@ -118,7 +120,7 @@ def _untouched(net: nn.Module, *, training: bool) -> Iterator[None]:
             module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, version, value in values:
-                # In evaluation a backward pass may still need those that did not change. In
+                # A backward pass of the caller's may still need those that did not change. In
                 # training the kernel of BatchNorm changes them without a new version.
                 if training or buffer._version != version:
                     buffer.copy_(value)

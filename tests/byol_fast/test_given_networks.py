@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from byol_fast.learner import BYOL
 from byol_fast.networks.backbone import build_backbone
@@ -406,6 +407,28 @@ def test_other_layers_are_no_reason_for_a_warning_and_keep_their_state(layer: nn
         learner = BYOL(net, "pool", **SIZES)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     step(learner)
+
+
+def test_gradient_checkpointing_leaves_nothing_behind() -> None:
+    class Checkpointed(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = checkpoint(lambda x: self.norm(self.conv(x)), x, use_reentrant=False)
+            return self.fc(self.pool(self.relu(x)).flatten(1))
+
+    learner = BYOL(Checkpointed(), "conv", **SIZES)
+    step(learner)
+    assert learner.online.encoder.backbone._seen is None
+    step(copy.deepcopy(learner))
+
+
+def test_the_target_still_follows_what_is_frozen_later() -> None:
+    net = Net()
+    learner = BYOL(net, "pool", moving_average_decay=0.5, **SIZES)
+    step(learner)
+    net.requires_grad_(False)
+    for _ in range(60):
+        learner.update_moving_average()
+    torch.testing.assert_close(learner.target.backbone.net.conv.weight, net.conv.weight)
 
 
 def test_the_trials_do_not_call_an_overridden_train() -> None:

@@ -71,6 +71,10 @@ def test_a_learner_inside_another_module_and_parts_of_one() -> None:
     outer = to_sync(Lightning(learner()))
     assert isinstance(outer.probe[1], nn.SyncBatchNorm)  # not BYOL's
     assert all(isinstance(norm, ViewBatchNorm) for norm in norms(outer.learner))
+    plain, parts = learner(), learner()
+    to_sync(parts.online.encoder.backbone)  # found at the next forward
+    to_sync(parts.target.projector)
+    torch.testing.assert_close(parts(VIEWS), plain(VIEWS), rtol=0, atol=0)
     inner = learner()
     assert to_sync(inner.online) is inner.online
     assert [type(n) for n in norms(inner.online)] == [type(n) for n in norms(outer.learner.online)]

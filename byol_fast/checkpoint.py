@@ -138,8 +138,10 @@ def load(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
             raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
     except OSError as error:  # no rights, or a disk that fails
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    from byol_fast.interop import files
+
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = files.plain(path, map_location)
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read as plain data: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

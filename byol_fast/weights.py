@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor
 
-from byol_fast import checkpoint
+from byol_fast import checkpoint, filekinds, filemeta
 from byol_fast.errors import CheckpointError
+from byol_fast.interop import files
 
 METADATA_KEY = "byol_fast"  # of the safetensors metadata
 _ONLINE = "online.encoder.backbone."  # where a training checkpoint keeps the backbone
@@ -43,12 +43,13 @@ def read_weights(path: Path | str) -> Weights:
             f"{path} does not exist: name an exported backbone (.safetensors, .pth), a run folder "
             "or a checkpoint (step-*.pt)"
         )
-    if path.suffix == ".safetensors":
+    filekinds.check(path)
+    if path.suffix == ".safetensors" or filekinds.is_safetensors(path):
         return _from_safetensors(path)
     if checkpoint.has_hash(path):
         return _from_training(path, checkpoint.load(path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = files.plain(path)
     except Exception as error:  # a damaged file can raise nearly anything
         raise CheckpointError(
             f"{path} is not a file of plain tensors and was not loaded, nothing in it was "
@@ -67,7 +68,7 @@ def read_weights(path: Path | str) -> Weights:
             f"{path} holds a {type(content).__name__} {found}, not a state dict. "
             + (foreign(path) or "Save the backbone's own state_dict()")
         )
-    return Weights(path, content, {})
+    return _plain(path, content)
 
 
 def foreign(path: Path, keys: Iterable[str] | None = None) -> str:
@@ -101,15 +102,24 @@ def _from_safetensors(path: Path) -> Weights:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            meta = dict(json.loads((file.metadata() or {}).get(METADATA_KEY, "{}")))
-    except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
+            meta = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (safetensors.SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: damaged or incomplete ({_first_line(error)}). "
             "Export or copy it again"
         ) from error
-    if any(key.startswith(_ONLINE) for key in tensors):  # a full state: interop/state.py
+    meta = filemeta.checked(meta, path)
+    if meta and any(key.startswith(_ONLINE) for key in tensors):  # a full state: interop/state.py
         return _from_training(path, {"model": tensors, "hyper": meta, "step": meta.get("steps")})
-    return Weights(path, tensors, meta)
+    return Weights(path, tensors, meta) if meta else _plain(path, tensors)
+
+
+def _plain(path: Path, tensors: dict[str, Tensor]) -> Weights:
+    """A state dict that says nothing about itself; of a whole learner's, the online backbone."""
+    online = {k.removeprefix(_ONLINE): v for k, v in tensors.items() if k.startswith(_ONLINE)}
+    if all(key.startswith("net.") for key in online):  # HiddenOutput's prefix, which exports lack
+        online = {key.removeprefix("net."): value for key, value in online.items()}
+    return Weights(path, online or tensors, {})
 
 
 def _from_training(path: Path, state: dict[str, Any]) -> Weights:
@@ -123,7 +133,8 @@ def _from_training(path: Path, state: dict[str, Any]) -> Weights:
             f"{path} holds no backbone (no key begins with {_ONLINE}): it is no checkpoint of "
             "pretraining. Name a run folder, or an exported backbone"
         )
-    return Weights(path, tensors, {**state["hyper"], "steps": state.get("step")})
+    hyper = filemeta.checked(state["hyper"], path)
+    return Weights(path, tensors, {**hyper, "steps": state.get("step")})
 
 
 def some(names: Any, most: int = 3) -> str:

@@ -52,7 +52,7 @@ def hint(file: Path) -> str:
         found = networks.read(file)
     except (CheckpointError, ValueError):
         return ""
-    if found.layout == "byol_fast":
+    if found.layout.startswith("byol_fast") and found.meta:
         return ""
     return f"It looks like {found.about}; import it first: {command(file)}"
 

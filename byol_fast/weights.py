@@ -50,6 +50,8 @@ def read_weights(path: Path | str) -> Weights:
         return _from_training(path, checkpoint.load(path))
     try:
         content = files.plain(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged file can raise nearly anything
         raise CheckpointError(
             f"{path} is not a file of plain tensors and was not loaded, nothing in it was "

@@ -62,6 +62,8 @@ def load(
         raise Refused("its pickle is nested deeper than any weights file") from error
     except MemoryError as error:
         raise Refused("its pickle asks for more memory than there is") from error
+    finally:  # a traceback may keep the frame, and with it all that was built
+        machine.stack, machine.memo = [], {}
     raise Refused("its pickle ends early")
 
 

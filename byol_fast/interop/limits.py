@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from byol_fast.interop.records import Name, Refused
 
-MEMORY = 1 << 30  # bytes of objects, besides 8 for each byte of the file
+MEMORY = 1 << 28  # bytes of objects, besides 16 for each byte of the file
 _OPCODE = 64  # bytes: a rough mean of what one opcode leaves behind
 _LONGEST_KEY = 1 << 16  # characters
 _LARGEST_KEY = 1 << 60  # integers above collide modulo 2^61 - 1 at will
@@ -24,7 +24,7 @@ class Budget:
     """Bytes that a pickle of `size` bytes may still ask for."""
 
     def __init__(self, size: int) -> None:
-        self.left = MEMORY + 8 * size
+        self.left = MEMORY + 16 * size
 
     def spend(self, nbytes: int = _OPCODE) -> None:
         """Raises Refused where nothing is left."""

@@ -196,8 +196,6 @@ def load(path: Path, root: Path, *, stats: bool = False) -> Index:
 
 def _read(file: IO[bytes], root: Path, stats: bool) -> Index:
     columns: Any = npz.load(file)
-    if isinstance(columns, np.ndarray):
-        raise ValueError("a single array")
     with columns:
         meta = json.loads(columns["meta"].tobytes())
         if meta["format"] != FORMAT:

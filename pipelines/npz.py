@@ -74,6 +74,8 @@ def load(path: Path | IO[bytes]) -> Any:
         ValueError: an array does not pass.
         Exception: nearly anything, for a damaged file.
     """
+    if not zipfile.is_zipfile(path):
+        raise ValueError("a single array, or no archive of arrays")
     for name, header in headers(path).items():
         check(header, name)
     if not isinstance(path, Path):

@@ -99,6 +99,8 @@ def other_kind(path: Path) -> tuple[str, str] | None:
         return _SUFFIXES[path.suffix]
     if ".data-" in path.name and head[:2] != b"PK":
         return _SUFFIXES[".index"]
+    if path.suffix == ".safetensors" and (text := plain_text(path)) and text[0] not in "<{[":
+        return f"text ({text!r})", "download the weights again"
     return _archive(path) if head[:4] == b"PK\x03\x04" else _text(path, head)
 
 

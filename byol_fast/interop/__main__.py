@@ -82,6 +82,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from byol_fast.interop.describe import printable
     from byol_fast.interop.importing import import_file
     from byol_fast.networks.stem import described
 
@@ -91,7 +92,7 @@ def _import(args: argparse.Namespace) -> None:
     stem = described(about["stem"], about.get("stem_changes", {}))
     print(f"{done.networks.about}: the {args.network} {about['backbone']}, {stem}")
     for note in done.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     for path in done.files:
         print(f"written: {path}")
 
@@ -110,7 +111,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _failed(code: Exit, error: BaseException) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    from byol_fast.interop.describe import printable
+
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     return code
 
 

@@ -15,7 +15,8 @@ _INNER = (
     *("classy_state_dict", "base_model", "state_dict", "model_state_dict", "model", "trunk"),
     *("network", "net", "module"),
 )
-_DEEPEST, _MOST_DICTS, _MOST_KEYS = 6, 20_000, 2_000_000  # in each other; in all
+_MODULE = ("_modules", "_parameters", "_buffers")  # of a module that was pickled as a whole
+_DEEPEST, _MOST_DICTS, _MOST_KEYS = 24, 20_000, 2_000_000  # in each other; in all
 
 Dicts = dict[str, dict[str, Any]]  # path, joined by dots -> the tensors that lie directly there
 
@@ -82,10 +83,12 @@ def _dicts(tree: Any) -> Dicts:
         named = {str(key): leaf for key, leaf in node.items() if isinstance(key, str | int)}
         leaves = {key: leaf for key, leaf in named.items() if arrays.is_leaf(leaf)}
         if leaves:
-            found[path] = leaves
+            found.setdefault(path, {}).update(leaves)
         inner = [(key, leaf) for key, leaf in named.items() if key not in leaves]
         inside = (*above, id(node))
-        todo += [(f"{path}.{key}" if path else key, leaf, inside) for key, leaf in inner]
+        for key, leaf in inner:
+            name = path if key in _MODULE else f"{path}.{key}" if path else key
+            todo.append((name, leaf, inside))
     return dict(sorted(found.items()))
 
 

@@ -56,7 +56,7 @@ KINDS = {
     "half.pth": (b'{"weight_map": {"a"', "begins as JSON"),
     "model.safetensors.index.json": (json.dumps(INDEX).encode(), "index of 2 shards .m-2.*1-of-2"),
     "plain.pth": (b"404: Not Found", "it is text .'404: Not Found'"),
-    "limit.safetensors": (b"Too many requests, come back later", "no safetensors|it is text"),
+    "limit.safetensors": (b"Too many requests, come back later", "is text .*come back later"),
     "lfs.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     "annex.pth": (b"/annex/objects/SHA256E-s3--00.pth", "git annex get"),
     "packed.pth": (gzip.compress(b"x" * 100), "a gzip file.*gunzip"),
@@ -98,12 +98,10 @@ def test_torchscript_is_named(tmp_path):
             read(tmp_path / "encoder.pt")
 
 
-def test_a_whole_module_is_named(tmp_path):
+def test_another_whole_module_is_named(tmp_path):
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "net.pth")
     for read in (networks.read, load_backbone):
-        with pytest.raises(
-            CheckpointError, match=r"whole object.*Sequential.*state_dict|Sequential"
-        ):
+        with pytest.raises(CheckpointError, match=r"no layout known here .0.weight|Sequential"):
             read(tmp_path / "net.pth")
 
 
@@ -113,9 +111,7 @@ def test_the_content_counts_and_not_the_suffix(tmp_path):
     state = {"conv1.weight": torch.ones(64, 3, 7, 7), "layer1.0.conv1.weight": torch.ones(1)}
     safetensors.torch.save_file(state, tmp_path / "x.bin")
     assert networks.read(tmp_path / "x.bin").container == "safetensors"
-    for length in range(
-        0x8B1F - 64, 0x8B1F + 8, 8
-    ):  # a header's length that looks like gzip's sign
+    for length in range(0x8B1F - 64, 0x8B1F + 8, 8):  # looks like gzip's sign
         header = json.dumps({"__metadata__": {"x": "y" * (length - 25)}}).encode().ljust(length)
         (tmp_path / "y.pth").write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(CheckpointError, match="no state dict"):

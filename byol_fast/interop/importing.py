@@ -114,6 +114,12 @@ def _meta(found: Networks, network: Network, asked: dict[str, Any]) -> dict[str,
             "torchvision name with --backbone, if it has one"
         )
     stem = asked["stem"] or own.get("stem") or seen["stem"]
+    first = found.parts[_part(network)].keys()
+    if "norm" not in own and "bn1.weight" in first and "bn1.running_mean" not in first:
+        raise ValueError(
+            f"{found.file}: its norms keep no running statistics (GroupNorm, or BatchNorm without "
+            "them), and no network here computes with such weights"
+        )
     changes = stems.changes(found, stem, asked["changes"])
     usual_size = 32 if stem == "cifar" else 224
     return {

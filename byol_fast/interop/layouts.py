@@ -173,7 +173,7 @@ _SAME_KEYS = {
 _MOST_PREFIXES = 500  # of two names at most; a ResNet has 30
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTER = ("module.", "_forward_module.", "model.", "backbone.bottom_up.")
-_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
+COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel
 CHOICES = (*NAMES, DEEPMIND, *_SAME_KEYS)
 
 
@@ -248,7 +248,7 @@ def clean(keys: Iterable[str]) -> dict[str, str]:
     torch.compile put in."""
     cleaned = {str(key): _WRAPPERS.sub("", str(key)) for key in keys}
     while True:
-        inner = [key for key in cleaned.values() if key not in _COUNTERS]
+        inner = [key for key in cleaned.values() if key not in COUNTERS]
         outer = next((p for p in _OUTER if inner and all(k.startswith(p) for k in inner)), None)
         if outer is None:
             return cleaned

@@ -111,8 +111,9 @@ def read(path: Path | str, layout: str | None = None) -> Networks:
 
 def _layout(content: files.Content, keys: Mapping[str, str], name: str | None) -> Layout:
     """The layout of a state dict; `name` as in `read`."""
-    if name is not None and name.endswith("."):
-        name = next(iter(layouts.clean([name + "x"]).values())).removesuffix("x") or name
+    if name is not None and name.endswith(".") and name not in resnet.prefixes(keys.values()):
+        (inner,) = layouts.clean([f"{name}x"]).values()  # a wrapper's prefix is off the keys, too
+        name = inner.removesuffix("x") or None
     found = layouts.find(keys.values(), name)
     own = records.mapping(content.tree) or {}
     if found is None and "byol_fast" in own:  # a network that is no ResNet
@@ -163,7 +164,7 @@ def _sort(
         part, inner = _part_of(key, layout)
         if part is None:
             rest[key] = leaf
-        elif part.endswith(BACKBONE) and inner.startswith(_CLASSIFIER):
+        elif part.endswith(BACKBONE) and inner.startswith((*_CLASSIFIER, *layouts.COUNTERS)):
             networks.left_out.append(key)
         else:
             raw[part][inner] = content.tensor(leaf)

@@ -63,7 +63,7 @@ def read_weights(path: Path | str) -> Weights:
     if (
         not isinstance(content, dict)
         or not content
-        or not all(isinstance(value, Tensor) for value in content.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         found = f"with the keys {some(content)}" if isinstance(content, dict) else ""
         raise CheckpointError(
@@ -125,10 +125,11 @@ def _plain(path: Path, tensors: dict[str, Tensor]) -> Weights:
 
 
 def _from_training(path: Path, state: dict[str, Any]) -> Weights:
+    model = state.get("model")
     tensors = {
         key.removeprefix(_ONLINE): value
-        for key, value in state.get("model", {}).items()
-        if key.startswith(_ONLINE)
+        for key, value in (model.items() if isinstance(model, dict) else ())
+        if isinstance(key, str) and key.startswith(_ONLINE) and isinstance(value, Tensor)
     }
     if not tensors or "hyper" not in state:
         raise CheckpointError(

@@ -12,6 +12,8 @@ from typing import Any
 
 from byol_fast.flags import FALSE, TRUE, Flag, UsageError, nearest
 
+_MOST_VALUES = 10_000  # in a YAML file: there are about 100 settings
+
 
 def find(name: str, flags: Mapping[str, Flag]) -> Flag | None:
     """The flag of that dotted name or that leaf name, of today or formerly; dashes count as
@@ -151,7 +153,8 @@ def load(path: Path) -> Mapping[Any, Any]:
     import yaml
 
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = safe_yaml(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2026-02-30
@@ -164,3 +167,35 @@ def load(path: Path) -> Mapping[Any, Any]:
             f"not a {type(tree).__name__}"
         )
     return tree
+
+
+def safe_yaml(text: str) -> Any:
+    """`yaml.safe_load` of text that stays small once its aliases are written out.
+
+    Ten lines of aliases can stand for 10^9 values, and one can hold itself.
+
+    Raises:
+        ValueError: it does not.
+        yaml.YAMLError, RecursionError: it is no YAML, or nested too deeply.
+    """
+    import yaml
+
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and values before it
+    anchors: dict[str | None, int] = {}
+    count = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            inside_itself = any(event.anchor == anchor for anchor, _ in open_nodes)
+            count += _MOST_VALUES + 1 if inside_itself else anchors.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, count))
+            else:
+                anchors[event.anchor] = 1
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            anchors[anchor] = count - before
+        if count > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values with its aliases")
+    return yaml.safe_load(text)

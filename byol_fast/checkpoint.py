@@ -138,10 +138,16 @@ def load(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: hash missing or different, file truncated, foreign, or not plain data.
     """
     require_whole(path)
+    from byol_fast.interop import files
+
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = files.plain(path, map_location)
     except OSError as error:
         raise UnreadableError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UnreadableError(str(error)) from error
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -175,8 +181,8 @@ def latest(
             refused[path] = error
             continue
         if rename_damaged:
-            for damaged, error in refused.items():
-                set_aside(damaged, error)
+            for damaged, reason in refused.items():
+                set_aside(damaged, reason)
         return state
     if not refused:
         return None

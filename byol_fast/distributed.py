@@ -200,7 +200,7 @@ def on_its_own(world: World, groups: Iterable[dist.ProcessGroup]) -> Iterator[No
         dist.destroy_process_group(alone)
 
 
-def _let_name_stand_for(name: str, group: dist.ProcessGroup) -> None:
+def _let_name_stand_for(name: Any, group: dist.ProcessGroup) -> None:
     _unregister_process_group(name)
     _register_process_group(name, group)
 

@@ -124,7 +124,7 @@ def build(
     if backbone is None:
         raise ValueError(
             f"{weights.file} does not say which network it belongs to: give its torchvision name "
-            "as backbone= (--backbone), and stem= if that is not imagenet"
+            "as backbone= (--backbone), and stem= if that is not imagenet. " + foreign(weights.file)
         )
     if isinstance(backbone, str):
         if backbone == meta.get("backbone") and not _is_torchvision(backbone):
@@ -143,6 +143,7 @@ def build(
             image_size=size,
             norm=meta.get("norm", "batch"),
             padding=meta.get("padding", "symmetric") if isinstance(backbone, str) else "symmetric",
+            stem_changes=meta.get("stem_changes") if isinstance(backbone, str) else None,
         )
     _fill(net, weights, type(backbone).__name__ if isinstance(backbone, nn.Module) else backbone)
     return net.to(device).eval()

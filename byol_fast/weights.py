@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import re
@@ -18,8 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from byol_fast import checkpoint
+from byol_fast import checkpoint, filekinds, filemeta
 from byol_fast.errors import CheckpointError
+from byol_fast.interop import files
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def read_weights(path: Path | str) -> Weights:
             f"{path} does not exist: name an exported backbone (.safetensors, .pth), a run folder "
             "or a checkpoint (step-*.pt)"
         )
+    filekinds.check(path)
     if checkpoint.has_hash(path):  # under other names a `.sha256` is somebody else's
         return _from_checkpoint(path)
     return _from_bytes(path, _bytes(path))
@@ -80,10 +81,12 @@ def read_weights(path: Path | str) -> Weights:
 
 def _from_bytes(path: Path, data: bytes) -> Weights:
     """An exported backbone, or a checkpoint that came without its hash file."""
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or filekinds.is_safetensors(path):
         return _from_safetensors(path, data)
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        content = files.plain(path, data=data)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged file can raise nearly anything
         raise CheckpointError(
             f"{path} is not a file of plain tensors and was not loaded, nothing in it was "
@@ -95,14 +98,14 @@ def _from_bytes(path: Path, data: bytes) -> Weights:
     if (
         not isinstance(content, dict)
         or not content
-        or not all(isinstance(value, Tensor) for value in content.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         found = f"with the keys {some(content)}" if isinstance(content, dict) else ""
         raise CheckpointError(
             f"{path} holds a {type(content).__name__} {found}, not a state dict. "
             + (foreign(path) or "Save the backbone's own state_dict()")
         )
-    return Weights(path, content, {}, _sha256(data))
+    return _plain(path, content, _sha256(data))
 
 
 def foreign(path: Path, keys: Iterable[str] | None = None) -> str:
@@ -167,7 +170,9 @@ def _from_checkpoint(path: Path) -> Weights:
     if (digest := _sha256(data)).encode() != expected:  # it may be damaged itself
         raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = files.plain(path, data=data)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read as plain data: {error}") from error
     if not isinstance(state, dict) or state.get("format") != checkpoint.FORMAT:
@@ -181,31 +186,47 @@ def _from_safetensors(path: Path, data: bytes) -> Weights:
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        meta = dict(json.loads((header.get("__metadata__") or {}).get(METADATA_KEY, "{}")))
-    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+        meta = json.loads((header.get("__metadata__") or {}).get(METADATA_KEY, "{}"))
+    except (
+        safetensors.SafetensorError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: damaged or incomplete ({_first_line(error)}). "
             "Export or copy it again"
         ) from error
-    digest = _sha256(data)
-    if any(key.startswith(_ONLINE) for key in tensors):  # a full state: interop/state.py
+    meta, digest = filemeta.checked(meta, path), _sha256(data)
+    if meta and any(key.startswith(_ONLINE) for key in tensors):  # a full state: interop/state.py
         state = {"model": tensors, "hyper": meta, "step": meta.get("steps")}
         return _from_training(path, state, digest)
-    return Weights(path, tensors, meta, digest)
+    return Weights(path, tensors, meta, digest) if meta else _plain(path, tensors, digest)
+
+
+def _plain(path: Path, tensors: dict[str, Tensor], digest: str) -> Weights:
+    """A state dict that says nothing about itself; of a whole learner's, the online backbone."""
+    online = {k.removeprefix(_ONLINE): v for k, v in tensors.items() if k.startswith(_ONLINE)}
+    if all(key.startswith("net.") for key in online):  # HiddenOutput's prefix, which exports lack
+        online = {key.removeprefix("net."): value for key, value in online.items()}
+    return Weights(path, online or tensors, {}, digest)
 
 
 def _from_training(path: Path, state: dict[str, Any], digest: str) -> Weights:
+    model = state.get("model")
     tensors = {
         key.removeprefix(_ONLINE): value
-        for key, value in state.get("model", {}).items()
-        if key.startswith(_ONLINE)
+        for key, value in (model.items() if isinstance(model, dict) else ())
+        if isinstance(key, str) and key.startswith(_ONLINE) and isinstance(value, Tensor)
     }
     if not tensors or "hyper" not in state:
         raise CheckpointError(
             f"{path} holds no backbone (no key begins with {_ONLINE}): it is no checkpoint of "
             "pretraining. Name a run folder, or an exported backbone"
         )
-    return Weights(path, tensors, {**state["hyper"], "steps": state.get("step")}, digest)
+    hyper = filemeta.checked(state["hyper"], path)
+    return Weights(path, tensors, {**hyper, "steps": state.get("step")}, digest)
 
 
 def _bytes(path: Path) -> bytes:

@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines import npz
 from pipelines.errors import DataError
 from pipelines.scan import Bad, expanded, printable
 
@@ -194,9 +195,7 @@ def load(path: Path, root: Path, *, stats: bool = False) -> Index:
 
 
 def _read(file: IO[bytes], root: Path, stats: bool) -> Index:
-    columns: Any = np.load(file, allow_pickle=False)
-    if isinstance(columns, np.ndarray):
-        raise ValueError("a single array")
+    columns: Any = npz.load(file)
     with columns:
         meta = json.loads(columns["meta"].tobytes())
         if meta["format"] != FORMAT:

@@ -152,7 +152,10 @@ def load(path: Path | str) -> tuple[nn.Linear, tuple[str, ...], dict[str, Any]]:
         about = dict(json.loads(metadata.get("about", "{}")))
         if tensors["bias"].shape != (len(classes),) or len(tensors["weight"]) != len(classes):
             raise ValueError(f"{len(classes)} class names for {len(tensors['weight'])} rows")
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (
+        *(safetensors.SafetensorError, OSError, LookupError, ValueError, TypeError),
+        RecursionError,
+    ) as error:
         raise CheckpointError(
             f"{path} is no classifier that can be read ({error}): name the .head.safetensors that "
             "linear evaluation wrote"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
 
 from byol_fast.evaluate.data import Labelled, Subset
+from byol_fast.evaluate.vocxml import parse_xml
 from pipelines.errors import DataError
 from pipelines.stores import Store, open_store
 
@@ -88,14 +88,15 @@ def read_annotation(root: Path, name: str) -> dict[str, bool]:
     path = root / "Annotations" / f"{name}.xml"
     seen: dict[str, bool] = {}
     try:
-        for found in ElementTree.parse(path).getroot().iter("object"):
-            class_name = (found.findtext("name") or "").strip()
-            if not class_name:
-                raise DataError(f"{path} has an object without a name: unpack VOC2007 again")
-            plain = (found.findtext("difficult") or "0").strip() != "1"
-            seen[class_name] = seen.get(class_name, False) or plain
-    except (OSError, ElementTree.ParseError) as error:
+        tree = parse_xml(path.read_bytes(), path)
+    except OSError as error:
         raise DataError(f"{path} cannot be read ({error}): unpack VOC2007 again") from error
+    for found in tree.iter("object"):
+        class_name = (found.findtext("name") or "").strip()
+        if not class_name:
+            raise DataError(f"{path} has an object without a name: unpack VOC2007 again")
+        plain = (found.findtext("difficult") or "0").strip() != "1"
+        seen[class_name] = seen.get(class_name, False) or plain
     return seen
 
 

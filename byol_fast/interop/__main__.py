@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--network", choices=NETWORKS, default="online", help="whose backbone")
     add("--backbone", help="torchvision name, where the shapes do not tell")
     add("--stem", choices=["imagenet", "cifar"], help="where the shapes do not tell")
+    flag = argparse.BooleanOptionalAction
+    about = "of the stem, where the keys do not tell, or tell what its forward does not do"
+    add("--stem-relu", action=flag, help=f"ReLU after the first BatchNorm {about}")
+    add("--max-pool", action=flag, help=f"max-pool {about}")
+    add("--stem-stride", type=int, help=f"stride of the first convolution {about}")
+    add("--padding", choices=["symmetric", "same", "wide-stem"], help="what its convolutions pad")
     add("--image-size", type=int, help="pixels it is used at; else 224, or 32 with a cifar stem")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of its normalisation, in 0–1")
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of its normalisation, in 0–1")
@@ -76,14 +82,17 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from byol_fast.interop.describe import printable
     from byol_fast.interop.importing import import_file
+    from byol_fast.networks.stem import described
 
     options = {key: value for key, value in vars(args).items() if key != "task"}
     done = import_file(options.pop("file"), options.pop("out"), **options)
     about = done.meta
-    print(f"{done.networks.about}: the {args.network} {about['backbone']}, {about['stem']} stem")
+    stem = described(about["stem"], about.get("stem_changes", {}))
+    print(f"{done.networks.about}: the {args.network} {about['backbone']}, {stem}")
     for note in done.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     for path in done.files:
         print(f"written: {path}")
 
@@ -102,7 +111,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _failed(code: Exit, error: BaseException) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    from byol_fast.interop.describe import printable
+
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     return code
 
 

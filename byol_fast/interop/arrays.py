@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ _STORAGES = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
+_DIMENSIONS = 64  # torch's own limit
+_LARGEST = 1 << 48  # of a size, stride or offset
+_EXPANDED = 1 << 16  # numbers that a tensor may repeat beyond those stored: buffers made by expand
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
 
 
@@ -48,6 +52,10 @@ class Array:
     def __init__(self) -> None:
         self.value: np.ndarray[Any, Any] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.value is None else self.value.nbytes
+
     def fill_from_pickle(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, DType):
@@ -63,6 +71,10 @@ class Storage:
     dtype: torch.dtype
     elements: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class View:
@@ -75,11 +87,10 @@ class View:
     stride: tuple[int, ...]
 
     def tensor(self, data: Tensor) -> Tensor:  # data: [bytes] uint8
-        """The tensor itself; ValueError where the window reaches beyond the storage."""
+        """The tensor itself, a view; ValueError where it reaches beyond the storage."""
         try:
-            flat = data.view(self.dtype)
-            return flat.as_strided(self.size, self.stride, self.offset).contiguous()
-        except (RuntimeError, TypeError) as error:
+            return data.view(self.dtype).as_strided(self.size, self.stride, self.offset)
+        except (RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(f"a tensor does not fit its storage: {error}") from error
 
 
@@ -118,6 +129,8 @@ def reduce(name: Name, args: tuple[Any, ...]) -> Any:
             (View() as view, *_),
         ):
             return view
+        case "torch._utils._rebuild_meta_tensor_no_storage", _:
+            raise Refused("it holds a tensor without numbers (device meta): save it from the CPU")
         case "torch._tensor._rebuild_from_type_v2", (Name() as inner, _, tuple(inner_args), *_):
             return reduce(inner, inner_args)
     return NotImplemented
@@ -126,7 +139,9 @@ def reduce(name: Name, args: tuple[Any, ...]) -> Any:
 def storage(identity: Any) -> Any:
     """What a torch file's persistent id stands for."""
     match identity:
-        case ("storage", Name(_, str(kind)), key, _, int(elements), *_) if kind in _STORAGES:
+        case ("storage", Name(_, str(kind)), str() | int() as key, _, int(elements), *_) if (
+            kind in _STORAGES and 0 <= elements < _LARGEST
+        ):
             return Storage(str(key), _STORAGES[kind], elements)
     return Opaque(Name("torch", "storage"), (identity,))
 
@@ -166,4 +181,12 @@ def _view(storage: Storage, dtype: torch.dtype, offset: Any, size: Any, stride: 
     numbers = [offset, *size, *stride]
     if len(size) != len(stride) or any(not isinstance(n, int) or n < 0 for n in numbers):
         raise Refused("its pickle is damaged (a tensor with impossible sizes)")
+    if len(size) > _DIMENSIONS or max(numbers) > _LARGEST:
+        raise Refused("its pickle is damaged (a tensor with impossible sizes)")
+    claimed, stored = math.prod(size), storage.nbytes // dtype.itemsize
+    if claimed > max(stored, _EXPANDED):
+        raise Refused(
+            f"a tensor claims {claimed:,} numbers where {stored:,} are stored (a stride of 0 "
+            "repeats them): it is damaged or was made to exhaust this machine"
+        )
     return View(storage, dtype, offset, tuple(size), tuple(stride))

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from byol_fast.errors import CheckpointError
-from byol_fast.interop import layouts, networks, resnet
+from byol_fast.interop import layouts, networks, resnet, stems
 from byol_fast.interop.networks import Networks
+from byol_fast.networks.stem import described
+
+_SAID = ("backbone", "stem", "hidden_layer", "image_size", "norm", "padding", "network", "steps")
 
 
 def describe(found: Networks, *, keys: bool = False) -> str:
@@ -26,8 +29,12 @@ def describe(found: Networks, *, keys: bool = False) -> str:
         lines.append(f"progress  {progress}")
     if found.padding != "symmetric":
         lines.append(f"padding   {found.padding}")
+    if found.meta:
+        said = ", ".join(f"{key} {found.meta[key]}" for key in _SAID if key in found.meta)
+        lines.append(f"describes {said}")
     lines += _parts(found, keys)
     for title, names in (
+        ("also", found.also),
         ("aliases", found.aliases),
         ("left out", found.left_out),
         ("unknown", found.unknown),
@@ -36,8 +43,16 @@ def describe(found: Networks, *, keys: bool = False) -> str:
             lines.append(f"{title:<10}{len(names)}: {_listed(names, all_of=keys)}")
     if found.opaque:
         lines.append(f"objects   {', '.join(found.opaque)} (read as data, nothing executed)")
-    lines.append(f"import    {command(found.file)}")
-    return "\n".join(lines)
+    if _own(found):
+        lines.append(f"load      byol_fast.load_backbone({str(found.file)!r})")
+    else:
+        lines.append(f"import    {command(found.file)}")
+    return printable("\n".join(lines))
+
+
+def printable(text: str) -> str:
+    """Text with its control characters visible: names in a file may hold a terminal's commands."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def command(file: Path) -> str:
@@ -52,9 +67,14 @@ def hint(file: Path) -> str:
         found = networks.read(file)
     except (CheckpointError, ValueError):
         return ""
-    if found.layout == "byol_fast":
+    if _own(found):
         return ""
     return f"It looks like {found.about}; import it first: {command(file)}"
+
+
+def _own(found: Networks) -> bool:
+    """Whether `load_backbone` takes the file: byol_fast's own, which says what it holds."""
+    return found.layout.startswith("byol_fast") and bool(found.meta)
 
 
 def _parts(found: Networks, keys: bool) -> Iterator[str]:
@@ -67,7 +87,8 @@ def _parts(found: Networks, keys: bool) -> Iterator[str]:
         tensors = found.parts[part]
         if part.endswith(layouts.BACKBONE):
             name = resnet.torchvision_name(tensors) or "no torchvision ResNet"
-            what = f"{name}, {resnet.stem_of(tensors)} stem"
+            stem = resnet.stem_of(tensors)
+            what = f"{name}, {described(stem, stems.changes(found, stem, {}))}"
         else:
             first, last = tensors["0.weight"].shape, tensors["3.weight"].shape
             bias = ", last layer with a bias" if "3.bias" in tensors else ""

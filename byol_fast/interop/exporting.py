@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,19 +11,30 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from byol_fast import checkpoint, export
 from byol_fast._version import __version__
 from byol_fast.export import Weights, write_atomically, write_bytes
-from byol_fast.interop import describe, files, heads, layouts, networks, onnx, resnet, state
+from byol_fast.interop import (
+    describe,
+    files,
+    fitting,
+    heads,
+    layouts,
+    networks,
+    onnx,
+    resnet,
+    state,
+)
 from byol_fast.interop.layouts import (
     BACKBONE,
     PARTS,
     TARGET_BACKBONE,
     Network,
 )
+
+log = logging.getLogger(__name__)
 
 # What can be written, and the suffix of its file.
 SUFFIXES = {
@@ -40,7 +52,6 @@ SUFFIXES = {
     "byol": state.SUFFIX,
 }
 _BOTH = ("mmpretrain", "lightly", "solo-learn", "byol")  # hold both networks and the heads
-_RESNETS = ("timm", "mmpretrain", "mmdet", "mmseg", "detectron2", "lightly", "solo-learn", "byol")
 _PREFIXES = {part: layouts.LAYOUTS[0].parts[part][0] for part in PARTS}
 
 
@@ -134,13 +145,7 @@ def export_file(
     if layout not in SUFFIXES:
         raise ValueError(f"unknown layout {layout!r}: one of {', '.join(SUFFIXES)}")
     found = read_source(source)
-    if layout not in ("onnx", "byol_fast"):
-        _check_norm(found, layout)
-    if layout in _RESNETS:
-        _check_resnet(found, layout)
-        _check_padding(found, layout, ignore_padding)
-    elif layout in ("torchvision", "safetensors"):
-        _check_padding(found, layout, ignore_padding)
+    fitting.check(found.file, found.meta, layout, ignore_padding)
     path = _with_suffix(Path(out), layout)
     both = [path.with_name(path.name + each) for each in (".safetensors", ".pth")]
     files.spare(found.file, both if layout == "byol_fast" else [path])
@@ -210,14 +215,24 @@ def _write_model(found: Source, path: Path, layout: str) -> Path:
             own = _head(found.parts[part], layout, f"the {part.replace('_', ' ')}")
         tensors |= {names.parts[part][0] + key: value for key, value in own.items()}
     tree: dict[str, Any] = {"state_dict": tensors}
+    steps = int(found.meta.get("steps") or 0)
     if layout == "mmpretrain":
-        tensors["target_net.steps"] = torch.tensor(int(found.meta.get("steps") or 0))
+        if not steps:
+            log.warning(
+                "note: %s does not say how many steps it was trained for, so target_net.steps is "
+                "0: training on there starts the momentum's schedule again, and its first step "
+                "copies the online network over the target",
+                found.file,
+            )
+        tensors["target_net.steps"] = torch.tensor(steps)
         tree["meta"] = _mm_meta(found.meta)
+    elif steps:
+        tree["global_step"] = steps
     write_atomically(path, lambda p: torch.save(tree, p))
     return path
 
 
-_TRAVELS = ("mean", "std", "padding", "source", "steps")
+_TRAVELS = ("mean", "std", "padding", "stem_changes", "source", "steps")
 
 
 def _head(tensors: Mapping[str, Tensor], layout: str, what: str) -> dict[str, Tensor]:
@@ -230,46 +245,6 @@ def _head(tensors: Mapping[str, Tensor], layout: str, what: str) -> dict[str, Te
         return heads.from_mlp(tensors, **options[layout])
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-
-
-def _check_resnet(found: Source, layout: str) -> None:
-    name = found.meta.get("backbone")
-    model = getattr(torchvision.models, str(name), None)
-    is_resnet = callable(model) and str(name).removeprefix("wide_").startswith("resne")
-    if not is_resnet or found.meta.get("hidden_layer", -1) != -1:
-        raise ValueError(
-            f"{found.file} is {name} at hidden layer {found.meta.get('hidden_layer', -1)}: "
-            f"--to {layout} is for whole torchvision ResNets (use torchvision, safetensors, onnx)"
-        )
-    stem = found.meta.get("stem", "imagenet")
-    if stem == "cifar" and layout in ("detectron2", "timm"):
-        raise ValueError(f"{layout}'s ResNets have no 3×3 stem: {found.file} has the cifar stem")
-
-
-def _check_norm(found: Source, layout: str) -> None:
-    """Other programs have BatchNorm under these keys: refuse to write a quiet mistake."""
-    norm = found.meta.get("norm", "batch")
-    if norm != "batch":
-        raise ValueError(
-            f"{found.file} has GroupNorm and standardised weights ({norm}), and {layout} computes "
-            "with BatchNorm: use --to onnx or byol_fast"
-        )
-
-
-def _check_padding(found: Source, layout: str, ignore: bool) -> None:
-    """Other programs compute with the padding they know: refuse to write a quiet mistake."""
-    theirs = "symmetric"
-    if layout == "byol":
-        return
-    if layout == "solo-learn" and found.meta.get("stem") == "cifar":
-        theirs = "wide-stem"
-    own = state.padding_of(found.meta)
-    if own != theirs and not ignore:
-        raise ValueError(
-            f"{found.file} was trained with {own} padding, and {layout} computes with {theirs}: "
-            "its features would be others, and worse. Use --to onnx or byol_fast, or say "
-            "--ignore-padding"
-        )
 
 
 def _mm_meta(meta: Mapping[str, Any]) -> dict[str, Any]:

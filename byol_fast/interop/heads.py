@@ -42,6 +42,8 @@ def to_mlp(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     first, last = (dict(layers[name]) for name in linears)
     hidden = first["weight"].shape[0]
+    if not first["weight"].numel() or not last["weight"].numel():
+        raise ValueError("a head whose layers hold no numbers")
     if last["weight"].shape[1] != hidden or norms[0]["running_mean"].shape != (hidden,):
         raise ValueError("a head whose layers do not fit one another")
     first.setdefault("bias", torch.zeros(hidden, dtype=first["weight"].dtype))

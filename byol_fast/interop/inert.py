@@ -4,19 +4,24 @@ Published checkpoints hold more than tensors: an `argparse.Namespace`, a configu
 mapping. Python's unpickler would import and call whatever the file names. This one knows a short
 list of names that stand for data (tensors, arrays, plain containers) and builds those itself; every
 other name becomes an `Opaque` record of what the file said. No name in a file is ever imported, no
-attribute is set, so there is nothing a file could make this program do but use memory.
+attribute is set, so there is nothing a file could make this program do but use memory and time,
+and `limits.py` bounds both.
 """
 
 from __future__ import annotations
 
 import pickletools
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from byol_fast.errors import CheckpointError
+from byol_fast.interop import limits
 from byol_fast.interop.records import Name, Opaque, Refused, named
 
 _MARK = object()
+_RECORD = 512  # bytes of an `Opaque` with its dict
 
 Reduce = Callable[[Name, tuple[Any, ...]], Any]
 
@@ -39,32 +44,42 @@ def load(
         persistent: what a persistent id stands for (torch's storages).
 
     Raises:
-        Refused: damaged, or it names what would run programs or open files.
+        Refused: damaged, it names what would run programs or open files, or it asks for more
+            memory than its size explains.
     """
-    machine = _Machine(reduce, persistent)
+    window = limits.Window(file)
+    machine = _Machine(reduce, persistent, limits.Budget(window.size))
     try:
-        for opcode, arg, _ in pickletools.genops(file):
+        for opcode, arg, _ in pickletools.genops(window):  # type: ignore[arg-type]
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.step(opcode.name, arg)
     except CheckpointError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise Refused(f"its pickle is damaged ({type(error).__name__}: {error})") from error
+    except RecursionError as error:
+        raise Refused("its pickle is nested deeper than any weights file") from error
     except MemoryError as error:
         raise Refused("its pickle asks for more memory than there is") from error
+    finally:  # a traceback may keep the frame, and with it all that was built
+        machine.stack, machine.memo = [], {}
     raise Refused("its pickle ends early")
 
 
 class _Machine:
-    def __init__(self, reduce: Reduce, persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self, reduce: Reduce, persistent: Callable[[Any], Any] | None, budget: limits.Budget
+    ) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.reduce = reduce
         self.persistent = persistent
+        self.budget = budget
 
     def step(self, name: str, arg: Any) -> None:
         stack = self.stack
+        self.budget.spend()
         match name:
             case "PROTO" | "FRAME":
                 pass
@@ -86,9 +101,11 @@ class _Machine:
                     "EMPTY_TUPLE": tuple,
                 }
                 stack.append(kinds[name]())
+                self.budget.spend(sys.getsizeof(stack[-1]))
             case "LIST" | "TUPLE" | "FROZENSET":
                 of = {"LIST": list, "TUPLE": tuple, "FROZENSET": frozenset}[name]
-                stack.append(of(self.marked()))
+                values = self.marked()
+                stack.append(of(map(limits.key, values) if name == "FROZENSET" else values))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(name[-1])
                 stack[-count:] = [tuple(stack[-count:])]
@@ -117,7 +134,7 @@ class _Machine:
                     raise Refused("its pickle refers to things outside it")
                 stack.append(self.persistent(arg if name == "PERSID" else stack.pop()))
             case _ if name in _VALUES:
-                stack.append(arg)
+                stack.append(limits.number(arg))
             case _:
                 self.build(name, arg)
 
@@ -154,6 +171,7 @@ class _Machine:
                     target.state = state
                 elif hasattr(type(target), "fill_from_pickle"):  # ours: arrays and their types
                     target.fill_from_pickle(state)
+                    self.budget.spend(_nbytes(target))
                 # else: attributes on a plain container (a state dict's _metadata): not needed
             case _:
                 raise Refused(f"its pickle uses {name}, which no weights file needs")
@@ -161,11 +179,13 @@ class _Machine:
     def call(self, of: Any, args: Any) -> Any:
         if not isinstance(args, tuple):
             raise Refused("its pickle is damaged (arguments that are no tuple)")
+        self.budget.spend(_RECORD)
         if isinstance(of, Name):
             known = _containers(of, args)
             if known is NotImplemented:
                 known = self.reduce(of, args)
             if known is not NotImplemented:
+                self.budget.spend(_nbytes(known))
                 return known
         return Opaque(of, args)
 
@@ -174,7 +194,7 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
-            target.update(values)
+            target.update(map(limits.key, values))
         elif isinstance(target, Opaque):
             target.items.update(enumerate(values, start=len(target.items)))
         else:
@@ -201,20 +221,29 @@ _VALUES = {
 
 
 def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(values[::2], values[1::2], strict=True)
+    return zip(map(limits.key, values[::2]), values[1::2], strict=True)
+
+
+def _nbytes(made: Any) -> int:
+    """What a call or a state has added: four bytes of a file can copy all that it holds."""
+    return int(getattr(made, "nbytes", 0)) or sys.getsizeof(made)
 
 
 def _containers(of: Name, args: tuple[Any, ...]) -> Any:
     """Python's own containers; NotImplemented for anything else."""
     match str(of):
         case "collections.OrderedDict" | "builtins.dict" | "__builtin__.dict":
-            return dict(*args)
+            return _dict(*args)
         case "collections.defaultdict":
-            return dict(*args[1:])
+            return _dict(*args[1:])
+        case "collections.Counter":
+            return _dict(*args) if args and isinstance(args[0], dict) else _counted(*args)
+        case "builtins.bytearray" if args and isinstance(args[0], int):
+            raise Refused("its pickle asks for empty bytes, which no weights file needs")
         case "builtins.set" | "__builtin__.set":
-            return set(*args)
+            return set(map(limits.key, *args)) if args else set()
         case "builtins.frozenset" | "__builtin__.frozenset":
-            return frozenset(*args)
+            return frozenset(map(limits.key, *args)) if args else frozenset()
         case "builtins.list" | "__builtin__.list":
             return list(*args)
         case "builtins.bytes" | "__builtin__.bytes" if not args:
@@ -226,3 +255,13 @@ def _containers(of: Name, args: tuple[Any, ...]) -> Any:
         case "copyreg._reconstructor" | "copy_reg._reconstructor" if args:
             return Opaque(args[0], args[2:])
     return NotImplemented
+
+
+def _dict(items: Any = ()) -> dict[Any, Any]:
+    if isinstance(items, dict):
+        return dict(items)
+    return {limits.key(key): value for key, value in items}
+
+
+def _counted(items: Any = ()) -> dict[Any, int]:
+    return dict(Counter(map(limits.key, items)))

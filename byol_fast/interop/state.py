@@ -30,6 +30,7 @@ from byol_fast.interop.layouts import (
 from byol_fast.interop.networks import Networks
 from byol_fast.model import BYOL, Encoder
 from byol_fast.networks.padding import Padding, set_padding
+from byol_fast.networks.stem import change_stem
 
 SUFFIX = ".byol.safetensors"
 _PREFIXES = {part: layouts.LAYOUTS[0].parts[part][0] for part in PARTS}
@@ -76,6 +77,7 @@ def build(found: Networks, hyper: Mapping[str, Any]) -> BYOL:
     target = cast(Encoder, model.target)
     for encoder in (model.online.encoder, target):
         set_padding(encoder.backbone, found.padding)
+        change_stem(encoder.backbone, hyper.get("stem_changes") or {})
     heads = {
         PROJECTOR: model.online.encoder.projector,
         PREDICTOR: model.online.predictor,

@@ -6,7 +6,7 @@ Both become a module that maps images [N, C, S, S] to features [N, F].
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -17,6 +17,7 @@ from byol_fast.networks.groupnorm import to_group_norm
 from byol_fast.networks.mock import mock, side
 from byol_fast.networks.padding import Padding, set_padding
 from byol_fast.networks.sharing import sharing, usable
+from byol_fast.networks.stem import change_stem
 from byol_fast.norm import convert
 
 Norm = Literal["batch", "group-ws"]
@@ -105,6 +106,7 @@ def build_backbone(
     views: int = 1,
     norm: Norm = "batch",
     padding: Padding = "symmetric",
+    stem_changes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A module from [N, C, S, S] to features [N, F]; C is 3 for torchvision's networks.
 
@@ -117,6 +119,7 @@ def build_backbone(
     hidden_layer: -1 for what the module puts out; otherwise a layer's name, or its index among
         the children (-2: the last but one). The layer's output is flattened from dimension 1.
     padding: what a ResNet trained elsewhere saw at the borders; see `padding.py`.
+    stem_changes: how the stem of a ResNet trained elsewhere differs; see `stem.py`.
     views: above 1, BatchNorm layers become `ViewBatchNorm` with that many views, weights kept.
     norm: "group-ws" puts GroupNorm in BatchNorm's place and standardises the weights before it.
 
@@ -128,6 +131,10 @@ def build_backbone(
     size, given = side(image_size), None
     if isinstance(backbone, str):
         net = _torchvision(backbone, stem, size)
+        if stem_changes:
+            if not _is_resnet(net):
+                raise ValueError(f"changes of the stem are for ResNets, not for {backbone!r}")
+            change_stem(net, stem_changes)
         if padding != "symmetric":
             if not _is_resnet(net):
                 raise ValueError(f"padding {padding} is for ResNets, not for {backbone!r}")

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from byol_fast.arguments import safe_yaml
 from byol_fast.watching import metrics
 from byol_fast.watching.metrics import Event, Log
+from pipelines import npz
 
 MAX_POINTS = 2000  # drawn of an embedding
 
@@ -137,7 +139,7 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} could not be read: {error}")
         return {}
     return content if isinstance(content, dict) else {}
@@ -149,8 +151,8 @@ def _yaml(path: Path, notes: list[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = safe_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         notes.append(f"{path.name} could not be read: {error}")
         return {}
     return content if isinstance(content, dict) else {}
@@ -160,7 +162,7 @@ def _npz(path: Path, notes: list[str]) -> dict[str, npt.NDArray[Any]]:
     if not path.exists():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with npz.load(path) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         notes.append(f"{path.name} could not be read: {error}")

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines import npz
 from pipelines.decode import MAX_PIXELS
 from pipelines.errors import DataError
 from pipelines.stores import MOST_CLASSES
 from pipelines.stores.openfile import OpenFile
 
+_LARGEST_NAMES = 64 << 20  # bytes
 _HASH_WHOLE = 2 << 30  # bytes: 2 s of sha256; of more, every k-th image is hashed
 
 
@@ -144,14 +146,36 @@ def _read(
                 f"{path} has no array `images`, only {sorted(loaded)}: "
                 "save it as np.savez(path, images=..., labels=...)"
             )
+        _check_headers(path)
         labels, names = loaded.get("labels"), loaded.get("classes")
-        if names is not None and names.ndim != 1:
-            raise DataError(
-                f"{path}: `classes` must be a list of names, got shape {names.shape}: "
-                "save it as np.savez(path, images=..., labels=..., classes=['ant', 'bee', ...])"
-            )
         classes = None if names is None else names.astype(str).tolist()
         return loaded["images"], labels, classes
+
+
+def _check_headers(path: Path) -> None:
+    """Refuses what cannot be images and labels before anything is inflated."""
+    declared = npz.headers(path)
+    images, labels, names = (declared.get(name) for name in ("images", "labels", "classes"))
+    if images is None:
+        raise DataError(f"{path}: `images` is no array: save it as np.savez(path, images=...)")
+    _check_images(_stand_in(images), str(path))
+    if labels is not None:
+        _check_label_shape(_stand_in(labels), images.shape[0], str(path))
+    if names is not None and len(names.shape) != 1:
+        raise DataError(
+            f"{path}: `classes` must be a list of names, got shape {names.shape}: "
+            "save it as np.savez(path, images=..., labels=..., classes=['ant', 'bee', ...])"
+        )
+    if names is not None and names.nbytes > _LARGEST_NAMES:
+        raise DataError(f"{path}: `classes` has {names.nbytes:,} bytes: give one name a class")
+    for name, header in (("images", images), ("labels", labels)):
+        if header is not None:
+            npz.check(header, name)
+
+
+def _stand_in(header: npz.Header) -> npt.NDArray[Any]:
+    """An array of that shape and type without its memory."""
+    return np.broadcast_to(np.zeros((), header.dtype), header.shape)
 
 
 def _check_images(images: npt.NDArray[Any] | NpyFile, where: str) -> None:
@@ -174,17 +198,21 @@ def _check_labels(labels: npt.ArrayLike | None, n: int, where: str) -> npt.NDArr
     if labels is None:
         return np.full(n, -1, dtype=np.int32)
     array = np.asarray(labels)
-    if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(
-            f"{where}: labels must be {n} whole numbers, one an image, "
-            f"got shape {array.shape} of {array.dtype}"
-        )
+    _check_label_shape(array, n, where)
     if array.min() < -1 or array.max() >= MOST_CLASSES:
         raise DataError(
             f"{where}: labels must count classes from 0 (-1: unlabelled), "
             f"got {array.min()} to {array.max()}"
         )
     return array.astype(np.int32)
+
+
+def _check_label_shape(array: npt.NDArray[Any], n: int, where: str) -> None:
+    if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
+        raise DataError(
+            f"{where}: labels must be {n} whole numbers, one an image, "
+            f"got shape {array.shape} of {array.dtype}"
+        )
 
 
 def _fingerprint(images: npt.NDArray[np.uint8] | NpyFile, labels: npt.NDArray[np.int32]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines import npz
 from pipelines.errors import DataError
 from pipelines.indexfile import Strings, keep, locations, save_columns
 from pipelines.progress import Progress
@@ -176,7 +177,7 @@ def _load(
     """Whether verified, sizes and reasons, from an index that still holds; None where none does."""
     for place in locations(path):
         try:
-            with open(place, "rb") as file, np.load(file, allow_pickle=False) as columns:
+            with open(place, "rb") as file, npz.load(file) as columns:
                 meta, sizes = json.loads(columns["list"].tobytes()), columns["sizes"]
             if key.items() <= meta.items() and (meta["verified"] or not verify):
                 reasons = {int(row): str(why) for row, why in meta["bad"]}

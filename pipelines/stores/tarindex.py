@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines import npz
 from pipelines.indexfile import Strings, save_columns
 from pipelines.scan import Bad, printable
 
@@ -85,7 +86,7 @@ def save(index: TarIndex, path: Path) -> None:
 def load(path: Path, root: Path, paths: Sequence[Path]) -> TarIndex | None:
     """The index in a file; None where there is none to be read."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as columns:
+        with open(path, "rb") as file, npz.load(file) as columns:
             meta = json.loads(columns["tar"].tobytes())
             if meta["format"] != FORMAT:
                 raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")

@@ -203,6 +203,11 @@ def test_a_file_is_overridden_by_flags_wherever_they_stand(tmp_path: Path) -> No
     assert (parsed.epochs, parsed.optim.base_lr, parsed.model.stem) == (9, 0.1, "cifar")
 
 
+# each line doubles the one before: forty of them are 10^12 values
+LAUGHS = "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40))
+MERGES = "".join(f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}]}}\n" for n in range(40))
+
+
 def test_of_two_files_the_later_wins(tmp_path: Path) -> None:
     first = write(tmp_path / "a.yaml", "epochs: 7\nseed: 1\n")
     second = write(tmp_path / "b.yaml", "epochs: 8\n")
@@ -228,6 +233,11 @@ def test_of_two_files_the_later_wins(tmp_path: Path) -> None:
         ("epochs: !!float x\n", ["a.yaml is not YAML"]),
         ("- epochs\n", ["must hold settings", "list"]),
         ("epochs: [\n", ["a.yaml is not YAML", "line 2"]),
+        ("data: *nowhere\n", ["a.yaml is not YAML", "undefined alias"]),
+        ("data: &a [*a]\n", ["a.yaml is not YAML", "with its aliases"]),
+        ("a0: &a0 [x, x]\n" + LAUGHS, ["a.yaml is not YAML", "with its aliases"]),
+        ("a0: &a0 {x: 1}\n" + MERGES, ["a.yaml is not YAML", "with its aliases"]),
+        ("data: " + "[" * 5000, ["a.yaml is not YAML"]),
         ("data: !!python/object/apply:os.getcwd []\n", ["a.yaml is not YAML"]),
     ],
 )

@@ -7,6 +7,13 @@ from byol_fast.evaluate.voclabels import open_voc, voc_root
 from pipelines.errors import DataError
 from tests.byol_fast.voc_folder import COLOURS, voc_folder, write_annotation
 
+LAUGHS = (
+    '<!DOCTYPE a [<!ENTITY e0 "ha">'
+    + "".join(f'<!ENTITY e{n + 1} "&e{n};&e{n};">' for n in range(30))
+    + "]><annotation><object><name>&e30;</name></object></annotation>"
+)
+OUTSIDE = '<!DOCTYPE a [<!ENTITY f SYSTEM "file:///etc/hostname">]><annotation>&f;</annotation>'
+
 
 @pytest.fixture
 def root(tmp_path):
@@ -46,7 +53,13 @@ def test_test_images_may_lie_elsewhere(root, tmp_path):
     [
         (lambda r: (r / "JPEGImages" / "000003.jpg").unlink(), r"lacks 1 listed.*000003"),
         (lambda r: (r / "Annotations" / "000003.xml").unlink(), r"000003\.xml cannot be read"),
-        (lambda r: (r / "Annotations" / "000003.xml").write_text("<a>"), r"000003\.xml cannot"),
+        (lambda r: (r / "Annotations" / "000003.xml").write_text("<a>"), r"000003\.xml is no XML"),
+        (lambda r: (r / "Annotations" / "000003.xml").write_text(LAUGHS), "refused, unread"),
+        (lambda r: (r / "Annotations" / "000003.xml").write_text(OUTSIDE), "refused, unread"),
+        (
+            lambda r: (r / "Annotations" / "000003.xml").write_bytes(b" " * (8 << 20) + b"<a/>"),
+            "more than any annotation",
+        ),
         (lambda r: write_annotation(r, "000003", {"": 0}), r"000003\.xml has an object without"),
         (lambda r: (r / "ImageSets" / "Main" / "trainval.txt").write_text(""), "is empty"),
     ],

@@ -46,7 +46,7 @@ def _read(path: Path) -> list[tuple[Row, str, str]]:
     """The rows of a result file, each with weights and data."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # not JSON, not text
+    except (OSError, ValueError, RecursionError) as error:  # not JSON, not text
         raise ValueError(f"{path} is no result of an evaluation: {error}") from error
     if not isinstance(content, dict) or not {"rows", "weights", "data"} <= content.keys():
         raise ValueError(f"{path} is no result of an evaluation: it has no rows")

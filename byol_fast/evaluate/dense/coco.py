@@ -79,7 +79,7 @@ def annotation_file(root: Path | str, name: str) -> Path:
 def _content(data: bytes, source: Path) -> dict[str, Any]:
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{source} is no JSON: {error}") from error
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
         raise DataError(f"{source} is no COCO instance file: images, annotations, categories")

@@ -9,6 +9,7 @@ import numpy as np
 
 from byol_fast.evaluate.dense.boxes import Annotated, DetectionSet, fit_box
 from byol_fast.evaluate.dense.images import fingerprint, read_bytes, read_lines, refuse
+from byol_fast.evaluate.vocxml import parse_xml
 from pipelines.errors import DataError
 
 CLASSES = (
@@ -103,24 +104,6 @@ def _annotated(
         difficult=np.array(difficult, np.bool_),
     )
     return annotated, dropped
-
-
-def parse_xml(data: bytes, source: Path) -> ET.Element:
-    """The root element.
-
-    A document type, the only place where entities can be defined, is refused before parsing: a few
-    lines of nested entities expand to gigabytes. The text must be UTF-8, so none can hide.
-
-    Raises:
-        DataError: it has one, or is no XML.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-        if "<!DOCTYPE" in text or "<!ENTITY" in text:
-            raise DataError(f"{source} defines a document type or entities: refused, unread")
-        return ET.fromstring(text)
-    except (UnicodeDecodeError, ET.ParseError) as error:
-        raise DataError(f"{source} is no XML in UTF-8: {error}") from error
 
 
 def _number(element: ET.Element, path: str, source: Path) -> float:

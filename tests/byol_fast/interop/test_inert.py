@@ -138,9 +138,11 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
         for name in good.namelist():
             data = good.read(name)
             bad.writestr(name, data[:8] if name.endswith("data/0") else data)
-    found = files.read(tmp_path / "bad.pth")
-    with pytest.raises(CheckpointError, match="does not fit its storage"):
-        found.tensor(found.tree["w"])
+    with pytest.raises(CheckpointError, match=r"bad.pth was not loaded.*storage 0 is cut short"):
+        files.read(tmp_path / "bad.pth")
+    view = arrays.View(arrays.Storage("0", torch.float32, 4), torch.float32, 2, (3,), (1,))
+    with pytest.raises(ValueError, match="does not fit its storage"):
+        view.tensor(torch.zeros(16, dtype=torch.uint8))
 
 
 def test_a_compressed_zip_is_no_torch_file(tmp_path):

@@ -29,7 +29,8 @@ class Subset:
         labels: npt.NDArray[Any] | None = None,
         classes: tuple[str, ...] | None = None,
     ) -> None:
-        self._store, self._ids = store, np.asarray(ids, dtype=np.int64)
+        self.selected_from, self._ids = store, np.asarray(ids, dtype=np.int64)
+        self.verified: bool = getattr(store, "verified", False)
         self.encoded = store.encoded
         self.sizes = np.asarray(store.sizes)[self._ids]
         self.labels = np.asarray(store.labels[self._ids] if labels is None else labels, np.int32)
@@ -42,10 +43,10 @@ class Subset:
         return len(self._ids)
 
     def read(self, row: int) -> bytes | npt.NDArray[np.uint8]:
-        return self._store.read(int(self._ids[row]))
+        return self.selected_from.read(int(self._ids[row]))
 
     def name(self, row: int) -> str:
-        return self._store.name(int(self._ids[row]))
+        return self.selected_from.name(int(self._ids[row]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipelines.errors import BadImage
-from pipelines.index import open_index, refuse_if_bad, warn_of
+from pipelines.index import open_index, refuse_if_bad
 from pipelines.indexfile import Index
 from pipelines.scan import open_regular, printable
 
@@ -24,6 +24,7 @@ class FolderStore:
         self.index, self.root = index, index.root
         self.sizes, self.labels = index.sizes, index.labels
         self.classes, self.fingerprint = index.classes, index.fingerprint
+        self.notes = index.notes
         self._root = os.fsencode(index.root)
 
     @classmethod
@@ -43,7 +44,6 @@ class FolderStore:
         """
         index = open_index(root, verify=verify, workers=workers, progress=progress)
         refuse_if_bad(index, max_bad_share)
-        warn_of(index)
         return cls(index)
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import indexbuild, progress, scan
+from pipelines import indexbuild, listing, progress
 from pipelines.index import main, open_index
 from tests.pipelines.index_folders import (
     fill,
@@ -124,5 +124,5 @@ def test_listing_shows_progress_and_build_logs(
         open_index(root, progress=False)
     assert "index written to" in caplog.text
     bar = progress.Progress("listing", None, enabled=False)
-    assert len(scan.walk(os.fsencode(root), bar).names) == bar.done == 12
+    assert len(listing.walk(os.fsencode(root), bar).names) == bar.done == 12
     assert indexbuild.root_listing(os.fsencode(root)) != indexbuild.root_listing(b"/")

@@ -1,0 +1,120 @@
+"""What is odd about tar shards, in notes: see `pipelines.notes`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.errors import DataError
+from pipelines.indexnotes import TARS, listing_notes, split_of
+from pipelines.listing import OTHER, walk
+from pipelines.notes import Tally, note
+from pipelines.progress import Progress
+from pipelines.scan import printable
+from pipelines.stores.tarshards import Samples
+
+_NESTED = {OTHER + ending for ending in TARS}
+
+
+def tally_of(found: Sequence[Samples], shards: Sequence[str]) -> Tally:
+    """What all shards have that is not taken or in doubt, by names that begin with the shard's."""
+    out = Tally()
+    for shard, samples in zip(shards, found, strict=True):
+        out.merge(samples.found, os.fsencode(shard) + b"/")
+    return out
+
+
+def shard_notes(data: str | Path, shards: Sequence[str], count: int, tally: Tally) -> list[str]:
+    """Notes on what is in the shards, and on shards of several splits in one folder."""
+    nested, others = (
+        {
+            kind: n
+            for kind, n in tally.counts.items()
+            if kind.startswith(OTHER) and (kind in _NESTED) == is_tar
+        }
+        for is_tar in (True, False)
+    )
+    notes = [
+        *tally.note(
+            "further", "in doubt: # further tar(s) behind an end mark, whose images are taken"
+        ),
+        *tally.note("waste", "left out: what lies behind the end mark of # shard(s) and is no tar"),
+        *tally.note("repeated", "in doubt: # image(s) with the name of another in the same shard"),
+        *tally.note(
+            "numbered",
+            "in doubt: # image(s) that agree up to the first dot and then have a number",
+            "each is taken; WebDataset would make them one sample",
+        ),
+        *tally.note(
+            "further images",
+            "left out: # image(s) of samples that have several",
+            "names that agree up to the first dot are one sample, whose first image is taken; "
+            "rename what is to be a sample of its own",
+        ),
+        *tally.note("odd labels", "unlabelled: # label(s) are no class numbers and count as none"),
+        *tally.note(
+            "service", "left out: # member(s) in hidden folders, or in a NAS's or system's"
+        ),
+        *tally.note("hidden images", "left out: # hidden member(s) that end like images"),
+    ]
+    for kinds, what in (
+        (nested, "left out: # tar file(s) inside the shards"),
+        (others, "left out: # member(s) of no sample with an image"),
+    ):
+        if kinds:
+            endings = [f"{k.removeprefix(OTHER)} {n:,}" for k, n in Counter(kinds).most_common(4)]
+            names = [name for kind in kinds for name in tally.names[kind]]
+            notes.append(note(sum(kinds.values()), f"{what}, {', '.join(endings)}", names))
+    if "{" not in Path(data).name:  # else they were named one by one
+        notes += _split_notes(data, shards)
+    return notes
+
+
+def _split_notes(data: str | Path, shards: Sequence[str]) -> list[str]:
+    splits = Counter[str]()
+    for shard in shards:
+        words = re.split(r"[\W_\d]+", shard.rpartition(".")[0])
+        splits.update({split for word in words if (split := split_of(word))})
+    if len(splits) < 2:
+        return []
+    each = ", ".join(f"{split} {n:,}" for split, n in sorted(splits.items()))
+    one = next(iter(sorted(splits, key=lambda split: split != "train")))
+    return [
+        f"in doubt: the shards are splits of a data set, and all are taken ({each} shards), so "
+        f"validation and test images are trained on: name one of them by a pattern such as "
+        f"'*{one}*.tar'"
+    ]
+
+
+def beside_notes(root: Path) -> list[str]:
+    """Notes on what lies beside the shards of a folder."""
+    if not os.path.isdir(root):
+        return []
+    try:
+        with Progress("listing", None, enabled=False) as bar:
+            return listing_notes(root, walk(os.fsencode(root), bar), shards=True)
+    except OSError:
+        return []  # the shards could be read, and this is not worth more
+
+
+def refuse_nested(data: str, tally: Tally) -> None:
+    """Refuses a tar of tars, such as ImageNet's training images come as.
+
+    Raises:
+        DataError: with the commands that unpack it.
+    """
+    count = sum(tally.counts[kind] for kind in _NESTED)
+    if not count:
+        return
+    names = [name for kind in sorted(_NESTED) for name in tally.names.get(kind, ())]
+    tar = shlex.quote(data if data.lower().endswith(TARS) else f"{data}/{names[0].split('/')[0]}")
+    raise DataError(
+        f"{printable(data)} holds no images of its own but {note(count, '# tar file(s)', names)}, "
+        f"which are not looked into: unpack it (mkdir DIR && tar -xf {printable(tar)} -C DIR) and "
+        "give DIR; for classes, unpack each of those into a folder of its own as well (for t in "
+        'DIR/*.tar; do mkdir "${t%.tar}" && tar -xf "$t" -C "${t%.tar}" && rm "$t"; done)'
+    )

@@ -188,10 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             index, read = open_tar_index(args.dir, verify=args.verify, workers=args.workers)
         elif os.path.isdir(args.dir):
             index, read = _open(args.dir, args.verify, args.workers, progress=True, refresh=True)
+        elif os.path.isfile(args.dir):
+            return _show(_report_of_file(args.dir, args.verify, args.workers), args.json)
         else:
             raise DataError(f"{args.dir} is not a folder: name the folder that holds the images")
-        report = _report(index, read, time.perf_counter() - start)
-        print(json.dumps(report, indent=2) if args.json else _text(report))
+        _show(_report(index, read, time.perf_counter() - start), args.json)
         refuse_if_bad(index)
     except DataError as error:
         print(error, file=sys.stderr)
@@ -223,6 +224,33 @@ def _report(index: Index | TarIndex, read: int, seconds: float) -> dict[str, Any
         "seconds": round(seconds, 3),
         "images_per_second": round(read / max(seconds, 1e-9), 1),
     }
+
+
+def _report_of_file(path: Path, verify: bool, workers: int | None) -> dict[str, Any]:
+    """The report of a list, whose images are indexed, or of a file that needs no index."""
+    from pipelines.notes import notes_of
+    from pipelines.stores import open_store
+
+    start = time.perf_counter()
+    store = open_store(path, verify=verify, workers=workers, quiet=True)
+    return {
+        "root": printable(str(path)),
+        "images": len(store),
+        "classes": list(store.classes),
+        "verified": getattr(store, "verified", False),
+        "quarantined": [{"name": name, "reason": reason} for name, reason in store.quarantined],
+        "ignored": 0,
+        "notes": [printable(note) for note in notes_of(store)],
+        "fingerprint": store.fingerprint,
+        "read": 0,
+        "seconds": round(time.perf_counter() - start, 3),
+        "images_per_second": 0.0,
+    }
+
+
+def _show(report: dict[str, Any], as_json: bool) -> int:
+    print(json.dumps(report, indent=2) if as_json else _text(report))
+    return 0
 
 
 def _text(report: dict[str, Any]) -> str:

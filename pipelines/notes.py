@@ -55,7 +55,7 @@ class Tally:
 def note(count: int, what: str, examples: Iterable[bytes | str] = (), hint: str = "") -> str:
     """One line; arguments as in `Tally.note`."""
     some = [printable(name) for name in examples][:EXAMPLES]
-    text = what.replace("#", f"{count:,}").replace("(s)", "" if count == 1 else "s")
+    text = what.replace("#", f"{count:,}", 1).replace("(s)", "" if count == 1 else "s")
     named = f" ({', '.join(some)}{', …' if count > len(some) else ''})" if some else ""
     return f"{text}{named}{': ' if hint else ''}{hint}"
 

@@ -84,6 +84,7 @@ def folder_notes(root: Path, progress: Progress) -> list[str]:
 
     Raises:
         OSError: the folder cannot be listed.
+        DataError: as `open_index`.
     """
     return notes_on(root, walk(os.fsencode(root), progress))
 

@@ -158,7 +158,14 @@ def _assemble(
 
 
 def notes_on(root: Path, listed: Listing) -> list[str]:
-    """What an index of this listing would note if all its images were sound."""
+    """What an index of this listing would note if all its images were sound.
+
+    Raises:
+        DataError: there is no image, or tar files may be the data; as `make_index`.
+    """
+    if not listed.names:
+        raise DataError(_nothing(root, listed))
+    refuse_mixed(root, listed)
     return _classes(root, listed, np.diff(np.array(listed.first)))[2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
+from pipelines.indexnotes import split_of
 from pipelines.stores import Store
 
 Ids = npt.NDArray[np.int64]
@@ -104,6 +106,23 @@ def prepare(
         test=_whole(test, _matched(test, classes, where), classes),
         classes=classes,
         source=f"the {len(test)} images of the test set{note}{test_note}",
+    )
+
+
+def refuse_splits(classes: tuple[str, ...], where: str) -> None:
+    """Accuracy is not of telling a training set from a validation set.
+
+    Raises:
+        DataError: all classes are called like parts of a data set.
+    """
+    splits = {name: split_of(name) for name in classes}
+    if None in splits.values() or len(set(splits.values())) < 2:
+        return
+    train, *rest = sorted(classes, key=lambda name: (splits[name] != "train", name))
+    raise DataError(
+        f"the classes of {where} are {_some(list(classes))}, which are splits of a data set: name "
+        f"one of them, --data {shlex.quote(f'{where}/{train}')} "
+        f"--test-data {shlex.quote(f'{where}/{rest[0]}')}"
     )
 
 

@@ -31,6 +31,12 @@ _SPLIT = re.compile(
     rf"{_BESIDE}(?:(?P<train>train(?:ing|val)?)|(?P<test>test(?:ing)?)"
     rf"|(?P<val>val(?:id(?:ation)?)?|dev|eval(?:uation)?|holdout)){_BESIDE}[ab]?"
 )
+_DOUBTFUL = re.compile(
+    rb"(?:^|/)(?:(?P<previews>[._-]?(?:thumb|thumbnail|preview|derivative)s?)"
+    rb"|(?P<masks>(?:ground_?truth|gt_?)?_?(?:mask|annotation|label)s?|segmentation\w*|ground_?truth))"
+    rb"(?:/|$)",
+    re.IGNORECASE,
+)
 _NUMBERS = re.compile(rb"\d+")
 
 
@@ -41,6 +47,12 @@ def listing_notes(root: Path, listed: Listing, *, shards: bool = False) -> list[
         shards: the tar files are the data.
     """
     found = listed.found
+    doubtful: dict[bytes, str] = {}
+    for folder, count in zip(listed.dirs, np.diff(listed.first).tolist(), strict=True):
+        if count and (name := _DOUBTFUL.search(folder)):
+            doubtful[folder[: name.end()].rstrip(b"/")] = str(name.lastgroup)
+    for folder, kind in doubtful.items():
+        found.add(kind, folder)
     return [
         *found.note("service folders", "left out: # folder(s) that a NAS or the system keeps"),
         *found.note("hidden folders", "left out: # hidden folder(s)"),
@@ -58,6 +70,11 @@ def listing_notes(root: Path, listed: Listing, *, shards: bool = False) -> list[
             "previews",
             "in doubt: # folder(s) named like previews, whose images are taken",
             "move them away if they repeat others in small",
+        ),
+        *found.note(
+            "masks",
+            "in doubt: # folder(s) named like masks or labels, whose images are taken",
+            "name the folder beside them that holds the photographs",
         ),
         *_other_files(root, listed, shards),
     ]
@@ -121,6 +138,7 @@ def split_notes(root: Path, dirs: Sequence[bytes], counts: Sequence[int]) -> lis
     """A note where images lie in folders such as `train` and `val` beside each other.
 
     Args:
+        root: the folder; or tar files.
         counts: images directly in each of `dirs`.
     """
     beside: dict[bytes, Counter[bytes]] = {}  # parent -> images of each split-like folder in it
@@ -139,7 +157,8 @@ def split_notes(root: Path, dirs: Sequence[bytes], counts: Sequence[int]) -> lis
     parent, named = next(iter(mixed.items()))
     total = sum(mixed.values(), Counter[bytes]())
     each = ", ".join(f"{printable(name)} {count:,}" for name, count in sorted(total.items()))
-    if not parent:
+    inside = not os.path.isdir(root)
+    if not (parent or inside):
         each += "; they count as classes"
     first = min(named, key=lambda name: (split_of(os.fsdecode(name)) != "train", name))
     one = shlex.quote(os.path.join(str(root), os.fsdecode(parent), os.fsdecode(first)))
@@ -148,8 +167,12 @@ def split_notes(root: Path, dirs: Sequence[bytes], counts: Sequence[int]) -> lis
         where += f" and {len(mixed) - 1:,} more folders"
     return [
         f"in doubt: the folders{where} are splits of a data set, and all are taken (images: "
-        f"{each}), so validation and test images are trained on: name one of them, such as "
-        f"{printable(one)}"
+        f"{each}), so validation and test images are trained on: "
+        + (
+            "pack one of them by itself"
+            if inside
+            else f"name one of them, such as {printable(one)}"
+        )
     ]
 
 

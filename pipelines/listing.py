@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import time
 from array import array
@@ -26,7 +25,6 @@ _SERVICE = {
     *(b"__macosx", b"temporary items", b"$recycle.bin", b"recycler", b"lost+found"),
     *(b"system volume information", b"_vti_cnf", b"_vti_pvt"),
 }
-_PREVIEWS = re.compile(rb"[._-]?(thumb|thumbnail|preview)s?", re.IGNORECASE)
 _SUFFIXES = tuple(f".{e}".encode() for e in EXTENSIONS)
 _MOST_ENDINGS = 1000  # counted one by one
 OTHER = "file"  # the kind of a file that is not taken: this and its ending
@@ -91,8 +89,6 @@ def walk(root: bytes, progress: Progress) -> Listing:
         below = list(_enter_files(out, folder, entries, links))
         todo.extend(reversed(below))
         progress.advance(len(out.names) - out.first[-1])
-        if len(out.names) > out.first[-1] and _PREVIEWS.fullmatch(os.path.basename(folder.below)):
-            out.found.add("previews", folder.below)
         out.dirs.append(folder.below)
         out.mtimes.append(info.st_mtime_ns)
         out.first.append(len(out.names))

@@ -150,8 +150,10 @@ def _parts(line: str, comma: bool) -> tuple[str, str] | None:
     Without a number the path has to end like an image, as otherwise any line would do.
     """
     before, found, after = line.rpartition(",")
-    if comma and found and len(after.split()) <= 1:  # `a, b.jpg 3` is apart by blanks
-        name, label = _unquoted(before.strip()), _unquoted(after.strip())
+    first = _unquoted(before.strip())
+    # `a, b.jpg 3` is apart by blanks, `a.jpg,golden retriever` is not
+    if comma and found and (len(after.split()) <= 1 or first.lower().endswith(_IMAGES)):
+        name, label = first, _unquoted(after.strip())
     else:
         pieces = line.rsplit(None, 1)
         name, label = (pieces[0], pieces[1]) if len(pieces) == 2 else ("", line)

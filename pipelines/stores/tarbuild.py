@@ -115,7 +115,7 @@ def open_tar_index(
         )
     with Progress("verifying" if verify else "reading headers", images, enabled=progress) as bar:
         sizes, reasons = _measure(paths, found, verify=verify, workers=threads, bar=bar)
-    notes = (*shard_notes(data, listed.shards, len(found), tally), *beside_notes(root))
+    notes = (*shard_notes(data, listed.shards, found, tally), *beside_notes(root))
     index = _assemble(listed, found, sizes, reasons, verify, notes)
     keep(listed.beside, partial(save, index))
     return index, images

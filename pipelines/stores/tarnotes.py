@@ -6,16 +6,16 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import DataError
-from pipelines.indexnotes import TARS, listing_notes, split_of
+from pipelines.indexnotes import TARS, listing_notes, split_notes, split_of
 from pipelines.listing import OTHER, walk
 from pipelines.notes import Tally, note
 from pipelines.progress import Progress
 from pipelines.scan import printable
-from pipelines.stores.tarshards import Samples
+from pipelines.stores.tarshards import Samples, all_paths, without_links
 
 _NESTED = {OTHER + ending for ending in TARS}
 
@@ -28,7 +28,9 @@ def tally_of(found: Sequence[Samples], shards: Sequence[str]) -> Tally:
     return out
 
 
-def shard_notes(data: str | Path, shards: Sequence[str], count: int, tally: Tally) -> list[str]:
+def shard_notes(
+    data: str | Path, shards: Sequence[str], found: Sequence[Samples], tally: Tally
+) -> list[str]:
     """Notes on what is in the shards, and on shards of several splits in one folder."""
     nested, others = (
         {
@@ -69,8 +71,44 @@ def shard_notes(data: str | Path, shards: Sequence[str], count: int, tally: Tall
             endings = [f"{k.removeprefix(OTHER)} {n:,}" for k, n in Counter(kinds).most_common(4)]
             names = [name for kind in kinds for name in tally.names[kind]]
             notes.append(note(sum(kinds.values()), f"{what}, {', '.join(endings)}", names))
+    notes += _odd_shards(data, shards, found)
     if "{" not in Path(data).name:  # else they were named one by one
         notes += _split_notes(data, shards)
+    return [*notes, *_folder_notes(Path(data), found)]
+
+
+def _odd_shards(data: str | Path, shards: Sequence[str], found: Sequence[Samples]) -> Iterator[str]:
+    """Links to other shards, shards without images, and those with what another has."""
+    doubled = without_links(all_paths(data))[1]
+    if doubled:
+        names = [path.name for path in doubled]
+        yield note(len(doubled), "left out: # link(s) to shards that are listed already", names)
+    empty = [s for s, each in zip(shards, found, strict=True) if not (each.names or each.bad)]
+    if empty:
+        yield note(len(empty), "left out: # shard(s) without images", empty)
+    seen, again = set[tuple[int, int]](), list[str]()
+    for shard, each in zip(shards, found, strict=True):
+        content = hash(tuple(each.names)), hash(each.lengths.tobytes())
+        if each.names and content in seen:
+            again.append(shard)
+        seen.add(content)
+    if again:
+        what = "in doubt: # shard(s) with the names and sizes of another's images, all taken"
+        yield note(len(again), what, again)
+
+
+def _folder_notes(data: Path, found: Sequence[Samples]) -> list[str]:
+    """Notes on folders inside the shards, as `tar -cf train.tar train` makes them."""
+    folders = Counter[bytes]()
+    for samples in found:
+        folders.update(os.path.dirname(name).removeprefix(b"./") for name in samples.names)
+    names = sorted(folders)
+    notes = split_notes(data / "*", names, [folders[name] for name in names])
+    labelled = any(label >= 0 for samples in found for label in samples.labels)
+    if len(names) > 1 and not labelled:
+        what = "unlabelled: # folder(s) inside the shards, which are no classes there"
+        hint = "unpack the shards, or add a .cls to each image"
+        notes.append(note(len(names), what, names, hint))
     return notes
 
 

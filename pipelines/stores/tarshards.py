@@ -71,6 +71,11 @@ def shard_paths(data: str | Path) -> list[Path]:
     Raises:
         DataError: there is none, or one that a pattern names is missing.
     """
+    return without_links(all_paths(data))[0]
+
+
+def all_paths(data: str | Path) -> list[Path]:
+    """`shard_paths` with those that are links to others."""
     path = expanded(data)
     if os.path.isdir(path):
         return _tars_below(path)
@@ -86,6 +91,22 @@ def shard_paths(data: str | Path) -> list[Path]:
             )
         paths.update(found)
     return [Path(p) for p in sorted(paths)]
+
+
+def without_links(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The tar files, each once, and the links to those."""
+    links = [path for path in paths if path.is_symlink()]
+    seen = set[str]()
+    if links:
+        own = set(paths).difference(links)
+        seen = {os.path.realpath(path) for path in own}
+    doubled = []
+    for path in links:
+        real = os.path.realpath(path)
+        if real in seen:
+            doubled.append(path)
+        seen.add(real)
+    return [path for path in paths if path not in doubled], doubled
 
 
 def _expand(pattern: str) -> Iterator[str]:

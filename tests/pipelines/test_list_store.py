@@ -270,6 +270,12 @@ def test_labels_that_are_names(root):
     )
 
 
+def test_labels_of_several_words(root):
+    text = "\n".join(f'{name},"golden retriever"' for name in NAMES)
+    store = open_list(write_list(root, text, "x.csv"), root)
+    assert store.classes == ("golden retriever",) and store.quarantined == ()
+
+
 def test_names_that_no_file_can_have_are_bad(root):
     text = "\n".join(f"{NAMES[i % 4]} 0" for i in range(40)) + "\nimg/\0.jpg 1"
     store = open_list(write_list(root, text), root)

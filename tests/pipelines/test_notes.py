@@ -64,6 +64,15 @@ def test_folders_of_previews_are_taken_in_doubt(tmp_path: Path) -> None:
     )
 
 
+def test_folders_named_like_masks_are_taken_in_doubt(tmp_path: Path) -> None:
+    files = classes("JPEGImages", "SegmentationClass", "x/masks/deep", "thumbs/ab/cd")
+    index = quietly(fill(tmp_path / "data", files | classes("mask_rcnn", "labelled")))
+    assert len(index) == 12
+    assert "1 folder named like previews, whose images are taken (thumbs)" in index.notes[0]
+    assert "2 folders named like masks or labels" in index.notes[1]
+    assert "(SegmentationClass, x/masks)" in index.notes[1]
+
+
 @pytest.mark.parametrize("ending", ["jfif", "jpe", "JPE", "jif", "pgm", "PNM", "TIFF"])
 def test_endings_that_are_read(tmp_path: Path, ending: str) -> None:
     index = quietly(fill(tmp_path / "data", {f"a.{ending}": None}))
@@ -242,12 +251,12 @@ def test_an_archive_beside_the_images_is_noted(tmp_path: Path) -> None:
 def test_shards_in_sub_folders_and_other_files_beside_them(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_shards(root / "b", 2)
-    write_shards(root / "a" / "c", 1)
+    write_shards(root / "a" / "c", 1, 2)
     (root / "a" / "sizes.json").write_text("{}")
     (root / "again").symlink_to("b")
     (root / "@eaDir").mkdir()
     store = open_store(root, progress=False)
-    assert len(store) == 12 and [store.name(i)[len(str(root)) + 1 :] for i in (0, 4, 8)] == [
+    assert len(store) == 10 and [store.name(i)[len(str(root)) + 1 :] for i in (0, 2, 6)] == [
         "a/c/train-000.tar/0000.jpg",
         "b/train-000.tar/0000.jpg",
         "b/train-001.tar/0004.jpg",
@@ -264,6 +273,30 @@ def test_shards_of_several_splits_in_one_folder(tmp_path: Path) -> None:
     write(folder / "cc3m-val-000.tar", {"x.jpg": jpeg()})
     assert "the shards are splits" in "".join(open_store(folder, progress=False).notes)
     assert open_store(f"{folder}/{{train-000,cc3m-val-000}}.tar", progress=False).notes == ()
+
+
+def test_shards_that_are_links_to_others_or_hold_the_same(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "data", 2)
+    (folder / "latest.tar").symlink_to("train-001.tar")
+    (folder / "copy.tar").write_bytes((folder / "train-000.tar").read_bytes())
+    write(folder / "none.tar", {"a.txt": b"x"})
+    write(tmp_path / "elsewhere.tar", {"e.jpg": jpeg()})
+    (folder / "e.tar").symlink_to(tmp_path / "elsewhere.tar")
+    for data in (folder, folder / "*.tar"):
+        store = open_store(data, progress=False)
+        assert len(store) == 4 + 4 + 4 + 1
+        notes = "\n".join(store.notes)
+        assert "left out: 1 link to shards that are listed already (latest.tar)" in notes
+        assert "left out: 1 shard without images (none.tar)" in notes
+        assert "in doubt: 1 shard with the names and sizes of another's images" in notes
+
+
+def test_folders_inside_a_shard(tmp_path: Path) -> None:
+    files = dict.fromkeys(["./train/a/1.jpg", "./train/b/1.jpg", "./val/a/1.jpg"], jpeg())
+    store = open_store(write(tmp_path / "a.tar", files), progress=False)
+    assert "(images: train 2, val 1), so" in store.notes[0]
+    assert store.notes[0].endswith("pack one of them by itself")
+    assert store.notes[1].startswith("unlabelled: 3 folders inside the shards, which are no class")
 
 
 # What is in shards

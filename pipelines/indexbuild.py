@@ -185,7 +185,8 @@ def _classes(
     in_root = good.pop(b"", 0)
     names = [top for top in good if files[top]]  # the listing is sorted
     empty, broken = [t for t in good if not files[t]], [t for t in names if not good[t]]
-    notes = [*listing_notes(root, listed), *split_notes(root, listed.dirs, usable.tolist())]
+    splits = split_notes(root, listed.dirs, usable.tolist())
+    notes = [*listing_notes(root, listed), *splits]
     if empty:
         notes.append(note(len(empty), "# folder(s) without images, which are no classes", empty))
     if broken:
@@ -194,7 +195,7 @@ def _classes(
     if len(names) < 2 or in_root:
         if len(names) >= 2:
             notes.append(f"{in_root} images beside the folders, so the set counts as unlabelled")
-        elif names and not in_root and (inner := _inner(listed, names[0])) > 1:
+        elif names and not (in_root or splits) and (inner := _inner(listed, names[0])) > 1:
             notes.append(
                 f"unlabelled, as all images lie in one folder, {printable(names[0])}: name that "
                 f"folder for the {inner} folders in it to be classes"

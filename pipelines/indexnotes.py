@@ -57,6 +57,7 @@ def listing_notes(root: Path, listed: Listing, *, shards: bool = False) -> list[
         *found.note("service folders", "left out: # folder(s) that a NAS or the system keeps"),
         *found.note("hidden folders", "left out: # hidden folder(s)"),
         *found.note("hidden images", "left out: # hidden file(s) that end like images"),
+        *found.note("dead links", "left out: # link(s) that lead nowhere"),
         *found.note("doubled folders", "left out: # link(s) to folders that are listed already"),
         *found.note(
             "doubled files",

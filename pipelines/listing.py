@@ -138,7 +138,11 @@ def _enter_files(
                     yield _Folder(path, real)
                 continue
             if not name.lower().endswith(_SUFFIXES):
-                _leave_out_other(out, path)
+                if link and not os.path.exists(entry.path):
+                    out.ignored += 1
+                    out.found.add("dead links", path)
+                else:
+                    _leave_out_other(out, path)
                 continue
             info = entry.stat()
         except OSError as error:

@@ -113,18 +113,20 @@ def _folder_notes(data: Path, found: Sequence[Samples]) -> list[str]:
 
 
 def _split_notes(data: str | Path, shards: Sequence[str]) -> list[str]:
-    splits = Counter[str]()
+    splits: dict[str, list[str]] = {}
     for shard in shards:
         words = re.split(r"[\W_\d]+", shard.rpartition(".")[0])
-        splits.update({split for word in words if (split := split_of(word))})
+        for split in {split for word in words if (split := split_of(word))}:
+            splits.setdefault(split, []).append(shard)
     if len(splits) < 2:
         return []
-    each = ", ".join(f"{split} {n:,}" for split, n in sorted(splits.items()))
-    one = next(iter(sorted(splits, key=lambda split: split != "train")))
+    each = ", ".join(f"{split} {len(some):,}" for split, some in sorted(splits.items()))
+    one = splits[min(splits, key=lambda split: split != "train")][0]
+    folder = data if os.path.isdir(data) else os.path.dirname(data)
+    pattern = shlex.quote(os.path.join(folder, re.sub(r"\d+", "*", one)))
     return [
         f"in doubt: the shards are splits of a data set, and all are taken ({each} shards), so "
-        f"validation and test images are trained on: name one of them by a pattern such as "
-        f"'*{one}*.tar'"
+        f"validation and test images are trained on: name one of them, such as {pattern}"
     ]
 
 

@@ -133,6 +133,12 @@ def test_links_out_of_the_folder_are_followed_once(tmp_path: Path) -> None:
     assert f"bee2 → {tmp_path}/store/bee" in doubled and "up/data → ." in doubled
 
 
+def test_links_that_lead_nowhere_are_told(tmp_path: Path) -> None:
+    root = fill(tmp_path / "data", classes("ant", "bee"))
+    (root / "cow").symlink_to(tmp_path / "not-mounted")
+    assert quietly(root).notes == ("left out: 1 link that lead nowhere (cow)",)
+
+
 def test_the_root_may_be_a_link(tmp_path: Path) -> None:
     root = fill(tmp_path / "data", classes("ant", "bee"))
     (tmp_path / "here").symlink_to(root)
@@ -198,7 +204,7 @@ def test_train_and_val_beside_each_other_are_told(tmp_path: Path) -> None:
 def test_splits_further_below(tmp_path: Path, parent: str) -> None:
     files = classes(f"{parent}/valid/x", f"{parent}/test/x")
     index = quietly(fill(tmp_path / "data", files))
-    assert f"the folders in {parent} are splits" in "".join(index.notes)
+    assert len(index.notes) == 1 and f"the folders in {parent} are splits" in index.notes[0]
 
 
 def test_classes_that_hold_splits_each(tmp_path: Path) -> None:
@@ -271,7 +277,9 @@ def test_shards_in_sub_folders_and_other_files_beside_them(tmp_path: Path) -> No
 def test_shards_of_several_splits_in_one_folder(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data", 2)
     write(folder / "cc3m-val-000.tar", {"x.jpg": jpeg()})
-    assert "the shards are splits" in "".join(open_store(folder, progress=False).notes)
+    note = "".join(open_store(folder, progress=False).notes)
+    assert "the shards are splits" in note and "(train 2, val 1 shards)" in note
+    assert note.endswith(f"such as '{folder}/train-*.tar'")
     assert open_store(f"{folder}/{{train-000,cc3m-val-000}}.tar", progress=False).notes == ()
 
 

@@ -147,7 +147,7 @@ def tell(data: str, store: Store) -> None:
         name, reason = bad[0]
         log.warning(
             "%s: %d of %d images cannot be used and are left out (the first: %s: %s); "
-            "python -m pipelines.index names those of a folder or of shards",
+            "python -m pipelines.index names them all",
             *(printable(data), len(bad), len(store) + len(bad), name, reason),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from byol_fast.doctor import Finding, Wanted
 from byol_fast.doctor_packages import torch_facts
 from pipelines.cores import usable_cores
 from pipelines.ordered import in_order
+from pipelines.progress import Progress
 
 CORES_A_GPU = 8  # with fewer, decoding on the CPU keeps a data-centre GPU waiting
 SHM_A_RANK = 128 << 20  # bytes; Docker's default of 64 MiB is too little for NCCL's buffers
@@ -24,6 +26,7 @@ IMAGE_BYTES = 110_000  # of ImageNet's on average
 CHECKPOINT_BYTES = 600 << 20  # of a ResNet-50 run, about
 SPARE_BYTES = 5 << 30  # two checkpoints, one being written, logs and exports
 
+_LIST_SECONDS = 5.0  # for the notes on a folder without an index
 _READ_SECONDS, _READS, _READ_THREADS = 1.5, 2000, 8
 _WRITE_BYTES = 64 << 20
 
@@ -186,29 +189,66 @@ def read_all(pieces: Sequence[Piece], limit: float) -> tuple[int, float, int]:
 
 
 def index(wanted: Wanted) -> list[Finding]:
-    """What the data set holds, and whether the first start has to index it."""
-    if not wanted.data or not Path(wanted.data).expanduser().exists():
-        return []
+    """What the data set holds, what is left out or in doubt, and whether it has to be indexed."""
     from pipelines.errors import DataError
-    from pipelines.index import refuse_if_bad, stored_index
-    from pipelines.stores import open_store
     from pipelines.stores.tarshards import is_tar
 
     path = Path(wanted.data).expanduser()
-    mend = f"python -m pipelines.index {shlex.quote(wanted.data)} --verify"
+    if not wanted.data or not (path.exists() or is_tar(path)):
+        return []
+    see = f"python -m pipelines.index {shlex.quote(wanted.data)}"
     try:
-        if not (path.is_dir() or is_tar(path)):  # a file that needs no index
-            what = f"{len(open_store(path, progress=False)):,} images; such a file needs none"
-            return [Finding(name="index", state="ok", what=what, asked=True)]
-        found = stored_index(path)
-        if found is None:
-            what = "none that holds: the first start reads every image once"
-            return [Finding(name="index", state="slow", what=what, mend=mend)]
-        refuse_if_bad(found)
+        whole, notes = _file(path) if path.is_file() and not is_tar(path) else _indexed(path, see)
     except DataError as error:
-        return [Finding(name="index", state="missing", what=str(error), mend=mend, asked=True)]
+        what = str(error)
+        return [
+            Finding(name="index", state="missing", what=what, mend=f"{see} --verify", asked=True)
+        ]
+    return [whole, *(Finding(name="index", state="slow", what=note, mend=see) for note in notes)]
+
+
+def _file(path: Path) -> tuple[Finding, Sequence[str]]:
+    """A file that needs no index, and the notes on it."""
+    from pipelines.notes import notes_of
+    from pipelines.stores import open_store
+
+    store = open_store(path, verify=False, progress=False, quiet=True)
+    what = f"{len(store):,} images; such a file needs none"
+    if store.quarantined:
+        what += f"; {len(store.quarantined)} left out, the first: {': '.join(store.quarantined[0])}"
+    return Finding(name="index", state="ok", what=what, asked=True), notes_of(store)
+
+
+def _indexed(path: Path, see: str) -> tuple[Finding, Sequence[str]]:
+    """The index of a folder or of shards, and its notes, or those that it would have."""
+    from pipelines.index import folder_notes, refuse_if_bad, stored_index, why_stale
+    from pipelines.stores.tarshards import is_tar
+
+    verify = f"{see} --verify"
+    found = stored_index(path)
+    if found is None:
+        why, notes = "", list[str]()
+        if path.is_dir() and not is_tar(path):
+            why = why_stale(path)
+            with contextlib.suppress(OSError):
+                notes = folder_notes(path, _Until(time.monotonic() + _LIST_SECONDS))
+        what = f"none that holds{f', as {why}' if why else ''}: the first start reads every image"
+        return Finding(name="index", state="slow", what=f"{what} once", mend=verify), notes
+    refuse_if_bad(found)
     what = f"{len(found):,} images, {len(found.classes)} classes, {len(found.bad)} left out"
     if not found.verified:
         what += "; only headers were read"
-        return [Finding(name="index", state="slow", what=what, mend=mend)]
-    return [Finding(name="index", state="ok", what=what)]
+        return Finding(name="index", state="slow", what=what, mend=verify), found.notes
+    return Finding(name="index", state="ok", what=what), found.notes
+
+
+class _Until(Progress):
+    """Shows nothing, and ends the work after a time."""
+
+    def __init__(self, deadline: float) -> None:
+        super().__init__("listing", None, enabled=False)
+        self.deadline = deadline
+
+    def advance(self, n: int = 1) -> None:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.out,
                 storage=Storage(args.mode, args.quality, args.max_side),
                 labels=not args.no_labels,
+                root=args.root,
                 workers=args.workers,
                 force=args.force,
             )
@@ -101,6 +102,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of JPEGs encoded here, 1 to 100 (default 90, as FFCV's ImageNet files have it: "
         "36 dB PSNR at 256 pixels; 95 gives 38 dB in 1.4 times the bytes)",
     )
+    add("--root", metavar="DIR", help="folder of the images that a list names; else its own")
     add("--no-labels", action="store_true", help="leave labels and classes out")
     add("--workers", type=positive, metavar="N", help="threads (default: every core)")
     add("--force", action="store_true", help="replace OUT.beton if it exists")

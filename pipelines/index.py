@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError, MissingBackend
-from pipelines.indexbuild import make_index, root_listing
+from pipelines.indexbuild import make_index, notes_on, root_listing
 from pipelines.indexfile import Index, keep, load, locations, save
+from pipelines.listing import walk
+from pipelines.progress import Progress
 from pipelines.scan import printable, refuse_hidden
 from pipelines.stores.tarbuild import open_tar_index, stored_tar_index
 from pipelines.stores.tarindex import TarIndex
@@ -33,6 +35,7 @@ from pipelines.stores.tarshards import is_tar
 log = logging.getLogger(__name__)
 
 _SETTLED = 2 * 10**9  # ns: a folder changed so shortly before it was listed may change unseen
+_AHEAD = 86_400 * 10**9  # ns: a time further in the future is no clock's that will set it again
 
 
 def open_index(
@@ -67,17 +70,32 @@ def stored_index(data: Path) -> Index | TarIndex | None:
     """
     if is_tar(data):
         return stored_tar_index(data)
-    index, _, holds = _find(data)
-    return index if holds else None
+    index, _, why = _find(data)
+    return None if why else index
+
+
+def why_stale(root: Path) -> str:
+    """Why the index of a folder does not hold; empty where it holds or there is none."""
+    return _find(root)[2]
+
+
+def folder_notes(root: Path, progress: Progress) -> list[str]:
+    """The notes that an index of a folder would have; no image is read.
+
+    Raises:
+        OSError: the folder cannot be listed.
+        DataError: as `open_index`.
+    """
+    return notes_on(root, walk(os.fsencode(root), progress))
 
 
 def _open(
     root: Path, verify: bool, workers: int | None, progress: bool, refresh: bool
 ) -> tuple[Index, int]:
     """The index, and how many files were read for it."""
-    previous, path, holds = _find(root)
+    previous, path, why = _find(root)
     if previous is not None and path is not None:
-        if holds and not refresh and (previous.verified or not verify):
+        if not why and not refresh and (previous.verified or not verify):
             return previous, 0
         try:
             previous = load(path, root, stats=True)
@@ -88,9 +106,12 @@ def _open(
     return index, read
 
 
-def _find(root: Path) -> tuple[Index | None, Path | None, bool]:
-    """The index to start from, its file, and whether it holds: one that does if there is one."""
-    found: tuple[Index | None, Path | None, bool] = (None, None, False)
+def _find(root: Path) -> tuple[Index | None, Path | None, str]:
+    """The index to start from, its file, and why it does not hold: one that does if there is one.
+
+    Empty where it holds, and where there is none.
+    """
+    found: tuple[Index | None, Path | None, str] = (None, None, "")
     for path in locations(root):
         try:
             index = load(path, root)
@@ -99,42 +120,32 @@ def _find(root: Path) -> tuple[Index | None, Path | None, bool]:
         except DataError as error:
             log.warning("%s: indexing again", error)
             continue
-        if _unchanged(index):
-            return index, path, True
+        if not (why := _change(index)):
+            return index, path, ""
         if found[0] is None:
-            found = (index, path, False)
+            found = (index, path, why)
     return found
 
 
-def _unchanged(index: Index) -> bool:
+def _change(index: Index) -> str:
+    """What has changed since a folder was listed; empty where nothing has."""
     root = os.fsencode(index.root)
     try:
         for folder, mtime in zip(index.dirs, index.dir_mtimes.tolist(), strict=True):
-            now = os.stat(os.path.join(root, folder)).st_mtime_ns
-            if now != mtime or now > index.scanned_at - _SETTLED:
-                return False
-        if any(b.refused and os.access(os.path.join(root, b.path), os.R_OK) for b in index.bad):
-            return False
-        return root_listing(root) == index.listing
-    except OSError:
-        return False
-
-
-def warn_of(index: Index | TarIndex) -> None:
-    """Logs what is odd about the data, and how many images are left out."""
-    root = printable(str(index.root))
-    for note in index.notes:
-        log.warning("%s: %s", root, printable(note))
-    if index.bad:
-        log.warning(
-            "%s: %d of %d images cannot be used and are left out (the first: %s: %s); "
-            "python -m pipelines.index names them all",
-            root,
-            len(index.bad),
-            len(index) + len(index.bad),
-            printable(index.bad[0].path),
-            index.bad[0].reason,
-        )
+            now, name = os.stat(os.path.join(root, folder)).st_mtime_ns, printable(folder or b".")
+            if now != mtime:
+                return f"the folder {name} has changed"
+            if index.scanned_at - _SETTLED < now < index.scanned_at + _AHEAD:
+                return (
+                    f"the folder {name} was changed less than {_SETTLED / 1e9:g} s before it was "
+                    "listed, or its time is ahead of this machine's clock"
+                )
+        for bad in index.bad:
+            if bad.refused and os.access(os.path.join(root, bad.path), os.R_OK):
+                return f"{printable(bad.path)} can be read now"
+        return "" if root_listing(root) == index.listing else "the names in it have changed"
+    except OSError as error:
+        return f"{printable(error.filename or root)} cannot be looked at ({error.strerror})"
 
 
 def refuse_if_bad(index: Index | TarIndex, max_bad_share: float = 0.05) -> None:
@@ -178,10 +189,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             index, read = open_tar_index(args.dir, verify=args.verify, workers=args.workers)
         elif os.path.isdir(args.dir):
             index, read = _open(args.dir, args.verify, args.workers, progress=True, refresh=True)
+        elif os.path.isfile(args.dir):
+            return _show(_report_of_file(args.dir, args.verify, args.workers), args.json)
         else:
             raise DataError(f"{args.dir} is not a folder: name the folder that holds the images")
-        report = _report(index, read, time.perf_counter() - start)
-        print(json.dumps(report, indent=2) if args.json else _text(report))
+        _show(_report(index, read, time.perf_counter() - start), args.json)
         refuse_if_bad(index)
     except DataError as error:
         print(error, file=sys.stderr)
@@ -213,12 +225,39 @@ def _report(index: Index | TarIndex, read: int, seconds: float) -> dict[str, Any
         "verified": index.verified,
         "quarantined": [{"name": printable(b.path), "reason": b.reason} for b in index.bad],
         "ignored": index.ignored,
-        "notes": list(index.notes),
+        "notes": [printable(note) for note in index.notes],
         "fingerprint": index.fingerprint,
         "read": read,
         "seconds": round(seconds, 3),
         "images_per_second": round(read / max(seconds, 1e-9), 1),
     }
+
+
+def _report_of_file(path: Path, verify: bool, workers: int | None) -> dict[str, Any]:
+    """The report of a list, whose images are indexed, or of a file that needs no index."""
+    from pipelines.notes import notes_of
+    from pipelines.stores import open_store
+
+    start = time.perf_counter()
+    store = open_store(path, verify=verify, workers=workers, quiet=True)
+    return {
+        "root": printable(str(path)),
+        "images": len(store),
+        "classes": list(store.classes),
+        "verified": getattr(store, "verified", False),
+        "quarantined": [{"name": name, "reason": reason} for name, reason in store.quarantined],
+        "ignored": 0,
+        "notes": [printable(note) for note in notes_of(store)],
+        "fingerprint": store.fingerprint,
+        "read": 0,
+        "seconds": round(time.perf_counter() - start, 3),
+        "images_per_second": 0.0,
+    }
+
+
+def _show(report: dict[str, Any], as_json: bool) -> int:
+    print(json.dumps(report, indent=2) if as_json else _text(report))
+    return 0
 
 
 def _text(report: dict[str, Any]) -> str:

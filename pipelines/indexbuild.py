@@ -12,8 +12,11 @@ import numpy.typing as npt
 
 from pipelines.errors import DataError
 from pipelines.indexfile import Index, Strings, fingerprint
+from pipelines.indexnotes import listing_notes, refuse_mixed, split_notes
+from pipelines.listing import Listing, walk
+from pipelines.notes import note
 from pipelines.progress import Progress
-from pipelines.scan import EXTENSIONS, Bad, Listing, default_workers, measure, printable, walk
+from pipelines.scan import EXTENSIONS, Bad, default_workers, measure, printable
 
 
 def root_listing(root: bytes) -> str:
@@ -40,6 +43,7 @@ def make_index(
         raise DataError(f"{root} cannot be listed ({error.strerror}): check its rights") from error
     if not listed.names:
         raise DataError(_nothing(root, listed))
+    refuse_mixed(root, listed)
     verify = verify or (previous is not None and previous.verified)
     usable = previous if previous is not None and (previous.verified or not verify) else None
     stats = np.array(listed.stats, dtype=np.int64).reshape(-1, 2)
@@ -68,8 +72,8 @@ def _nothing(root: Path, listed: Listing) -> str:
         )
     if listed.ignored:
         return (
-            f"{root} holds no {kinds}, only {listed.ignored} files of other kinds: "
-            "name the folder that holds the images"
+            f"{root} holds no {kinds}, only {listed.ignored} files of other kinds: name the folder "
+            f"that holds the images ({'; '.join(listing_notes(root, listed))})"
         )
     return f"{root} is an empty folder: put {kinds} there, in class folders or not"
 
@@ -127,7 +131,7 @@ def _assemble(
     before = np.concatenate([[0], np.cumsum(keep)])
     first = before[np.array(listed.first)]
     good = np.flatnonzero(keep)
-    classes, labels, notes = _classes(listed, np.diff(first))
+    classes, labels, notes = _classes(root, listed, np.diff(first))
     return Index(
         root=root,
         verified=verified,
@@ -136,7 +140,7 @@ def _assemble(
         listing=listing,
         ignored=listed.ignored,
         classes=classes,
-        notes=(*listed.notes, *notes),
+        notes=tuple(notes),
         bad=tuple(sorted([*listed.bad, *bad])),
         dirs=Strings.of(listed.dirs),
         dir_mtimes=np.array(listed.mtimes, dtype=np.int64),
@@ -148,10 +152,22 @@ def _assemble(
     )
 
 
+def notes_on(root: Path, listed: Listing) -> list[str]:
+    """What an index of this listing would note if all its images were sound.
+
+    Raises:
+        DataError: there is no image, or tar files may be the data; as `make_index`.
+    """
+    if not listed.names:
+        raise DataError(_nothing(root, listed))
+    refuse_mixed(root, listed)
+    return _classes(root, listed, np.diff(np.array(listed.first)))[2]
+
+
 def _classes(
-    listed: Listing, usable: npt.NDArray[np.int64]
+    root: Path, listed: Listing, usable: npt.NDArray[np.int64]
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int32], list[str]]:
-    """Class names, the label of each folder, and what is odd about the classes.
+    """Class names, the label of each folder, and what is odd about the folder.
 
     A class is a folder of the first level that holds image files at any depth. There are classes
     only if there are two or more and no usable image lies in the root itself.
@@ -163,14 +179,35 @@ def _classes(
         good[top] += int(usable[i])
     in_root = good.pop(b"", 0)
     names = [top for top in good if files[top]]  # the listing is sorted
-    notes = [f"{printable(t)} holds no images and is no class" for t in good if not files[t]]
-    notes += [f"class {printable(t)} has no readable image left" for t in names if not good[t]]
+    empty, broken = [t for t in good if not files[t]], [t for t in names if not good[t]]
+    splits = split_notes(root, listed.dirs, usable.tolist())
+    notes = [*listing_notes(root, listed), *splits]
+    if empty:
+        notes.append(note(len(empty), "# folder(s) without images, which are no classes", empty))
+    if broken:
+        notes.append(note(len(broken), "# class folder(s) without any readable image", broken))
     labels = np.full(len(tops), -1, dtype=np.int32)
     if len(names) < 2 or in_root:
         if len(names) >= 2:
             notes.append(f"{in_root} images beside the folders, so the set counts as unlabelled")
+        elif names and not (in_root or splits) and (inner := _inner(listed, names[0])) > 1:
+            notes.append(
+                f"unlabelled, as all images lie in one folder, {printable(names[0])}: name that "
+                f"folder for the {inner} folders in it to be classes"
+            )
         return (), labels, notes
     number = {top: i for i, top in enumerate(names)}
     for i, top in enumerate(tops):
         labels[i] = number.get(top, -1)
     return tuple(printable(top) for top in names), labels, notes
+
+
+def _inner(listed: Listing, top: bytes) -> int:
+    """How many folders directly below `top` hold images; 0 where `top` itself does."""
+    inner = set[bytes]()
+    for i, folder in enumerate(listed.dirs):
+        if folder.startswith(top + b"/") and listed.first[i + 1] > listed.first[i]:
+            inner.add(folder.split(b"/")[1])
+        elif folder == top and listed.first[i + 1] > listed.first[i]:
+            return 0
+    return len(inner)

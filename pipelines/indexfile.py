@@ -25,7 +25,7 @@ from pipelines.scan import Bad, expanded, printable
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raised whenever the meaning of a column changes; another format is rebuilt
+FORMAT = 2  # raised whenever the meaning of a column changes; another format is rebuilt
 
 _SUFFIX = ".index.npz"
 

@@ -15,7 +15,7 @@ from pipelines.augment import Augment, choose
 from pipelines.cores import ranks_here, worker_threads
 from pipelines.plan import Place, Rows, RowStream
 from pipelines.spec import AugmentSpec
-from pipelines.stores import Store, open_store
+from pipelines.stores import Store, open_store, underlying
 from pipelines.timing import Timer
 
 if TYPE_CHECKING:
@@ -211,7 +211,8 @@ def choose_backend(backend: str, store: Store, device: torch.device) -> str:
         return backend
     from pipelines.stores.synthetic import SyntheticStore
 
-    if isinstance(store, SyntheticStore):
+    images = underlying(store)
+    if isinstance(images, SyntheticStore):
         return "synthetic"
     if device.type == "cuda":
         from pipelines.sources import dali_available
@@ -224,11 +225,14 @@ def choose_backend(backend: str, store: Store, device: torch.device) -> str:
         )
     from pipelines.stores.beton import BetonStore
 
-    if isinstance(store, BetonStore):
+    if isinstance(images, BetonStore):
         from pipelines.sources import ffcv_available
 
         if ffcv_available():
             return "ffcv"
+        log.info(
+            "FFCV is not installed, so torch decodes the .beton (launch/install_ffcv.sh brings it)"
+        )
     return "torch"
 
 

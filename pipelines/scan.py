@@ -1,16 +1,13 @@
-"""Finding the images under a folder, and reading their sizes in parallel."""
+"""Which files are images by their ending, and reading their sizes in parallel."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-import time
-from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -22,15 +19,17 @@ from pipelines import decode
 from pipelines.cores import worker_threads
 from pipelines.errors import BadImage, DataError
 from pipelines.progress import Progress
-from pipelines.reading import OF_THE_FILE, patiently, refusal
+from pipelines.reading import patiently, refusal
 
-EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "gif", "tif", "tiff", "ppm")
+EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "jif", "png", "bmp", "webp", "gif", "tif", "tiff"),
+    *("ppm", "pgm", "pbm", "pnm"),
+)
 
 _HEAD_BYTES = 64 << 10  # what a header needs as a rule; files with more before it are read whole
 _MAX_BYTES = 1 << 30  # a file over 1 GiB is no image this library could use
 _FILES_PER_TASK = 32
 _REFUSED = ("cannot be read", "cannot be found", "the folder cannot be listed")
-_SUFFIXES = tuple(f".{e}".encode() for e in EXTENSIONS)
 
 Sizes: TypeAlias = npt.NDArray[np.int32]
 _Task: TypeAlias = "Future[tuple[Sizes, dict[int, str]]]"
@@ -49,95 +48,6 @@ class Bad(NamedTuple):
         """Whether the system would not let it be read, which may pass without a trace in its size
         and date: rights, the target of a link, a disk."""
         return self.reason.startswith(_REFUSED)
-
-
-@dataclass
-class Listing:
-    """All image files under a root, folder by folder in depth-first order, names sorted as bytes.
-
-    Folder i holds the files [first[i], first[i + 1]).
-    """
-
-    scanned_at: int  # ns
-    dirs: list[bytes] = field(default_factory=list)  # below the root; b"" is the root itself
-    mtimes: list[int] = field(default_factory=list)  # ns, of the folders
-    first: list[int] = field(default_factory=lambda: [0])
-    names: list[bytes] = field(default_factory=list)
-    stats: array[int] = field(default_factory=lambda: array("q"))  # bytes, mtime (ns), bytes, ...
-    bad: list[Bad] = field(default_factory=list)
-    ignored: int = 0  # hidden files and files of other kinds
-    notes: list[str] = field(default_factory=list)
-
-
-def walk(root: bytes, progress: Progress) -> Listing:
-    """Lists the images below `root`.
-
-    Links to folders are followed unless they lead to a folder they lie in. Hidden files and folders
-    are left out. What cannot be listed or is no regular file is entered in `bad`.
-
-    Raises:
-        OSError: the root itself cannot be listed.
-        DataError: the system cannot list a folder below it.
-    """
-    out = Listing(scanned_at=time.time_ns())
-    todo: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [(b"", ())]
-    while todo:
-        folder, above = todo.pop()
-        try:
-            info, entries = patiently(partial(_list, os.path.join(root, folder)))
-        except OSError as error:
-            if not folder:
-                raise
-            if error.errno not in OF_THE_FILE:
-                raise refusal(error, printable(os.path.join(root, folder))) from error
-            out.bad.append(Bad(folder + b"/", f"the folder cannot be listed: {error.strerror}"))
-            continue
-        me = (info.st_dev, info.st_ino)
-        if me in above:
-            out.notes.append(f"{printable(folder)} links to a folder it lies in: not followed")
-            continue
-        below = [(path, (*above, me)) for path in _enter_files(out, folder, entries)]
-        todo.extend(reversed(below))
-        progress.advance(len(out.names) - out.first[-1])
-        out.dirs.append(folder)
-        out.mtimes.append(info.st_mtime_ns)
-        out.first.append(len(out.names))
-    return out
-
-
-def _list(folder: bytes) -> tuple[os.stat_result, list[os.DirEntry[bytes]]]:
-    info = os.stat(folder)  # before listing: later changes show
-    with os.scandir(folder) as found:
-        return info, sorted(found, key=lambda entry: entry.name)
-
-
-def _enter_files(
-    out: Listing, folder: bytes, entries: Sequence[os.DirEntry[bytes]]
-) -> Iterator[bytes]:
-    """Enters a folder's images in the listing and yields the folders in it."""
-    for entry in entries:
-        path = os.path.join(folder, entry.name)
-        if entry.name.startswith(b"."):
-            out.ignored += 1
-            continue
-        try:
-            if entry.is_dir():
-                yield path
-                continue
-            if not entry.name.lower().endswith(_SUFFIXES):
-                out.ignored += 1
-                continue
-            info = patiently(entry.stat)
-        except OSError as error:
-            if error.errno not in OF_THE_FILE:
-                raise refusal(error, printable(entry.path)) from error
-            out.bad.append(Bad(path, f"cannot be found: {error.strerror}"))
-            continue
-        if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
-            out.bad.append(Bad(path, "not a regular file"))
-            continue
-        out.names.append(entry.name)
-        out.stats.extend((info.st_size, info.st_mtime_ns))
 
 
 def default_workers(verify: bool) -> int:

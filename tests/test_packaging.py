@@ -278,3 +278,40 @@ def test_results_and_readme_claim_no_speed_without_a_row() -> None:
     if not re.search(r"^\| \d{4}-", rows, re.MULTILINE):
         assert claims == []
     assert "pip install apex" not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["pipelines/__init__.py", "pipelines.py"])
+@pytest.mark.parametrize("module", ["byol_fast.pretrain", "byol_fast.cli"])
+def test_a_package_of_the_users_that_hides_ours_is_named(
+    tmp_path: Path, name: str, module: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, "--help"]
+    hidden = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert hidden.returncode == 1 and "PYTHONSAFEPATH=1" in hidden.stderr
+    assert f"{tmp_path / name} hides byol_fast's own package" in hidden.stderr
+    safe = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**environment, "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert safe.returncode == 0, safe.stderr
+
+
+def test_a_folder_of_the_users_that_hides_nothing_is_no_trouble(tmp_path: Path) -> None:
+    (tmp_path / "pipelines").mkdir()  # no package, so Python looks further
+    run = subprocess.run(
+        [sys.executable, "-m", "byol_fast.cli", "--version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=60,
+    )
+    assert run.returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
+from pipelines.indexnotes import split_of
 from pipelines.stores import Store
 
 Ids = npt.NDArray[np.int64]
@@ -29,8 +31,9 @@ class Subset:
         labels: npt.NDArray[Any] | None = None,
         classes: tuple[str, ...] | None = None,
     ) -> None:
-        self._store, self._ids = store, np.asarray(ids, dtype=np.int64)
-        self.encoded, self.verified = store.encoded, getattr(store, "verified", False)
+        self.selected_from, self._ids = store, np.asarray(ids, dtype=np.int64)
+        self.verified: bool = getattr(store, "verified", False)
+        self.encoded = store.encoded
         self.sizes = np.asarray(store.sizes)[self._ids]
         self.labels = np.asarray(store.labels[self._ids] if labels is None else labels, np.int32)
         self.classes = store.classes if classes is None else classes
@@ -42,10 +45,10 @@ class Subset:
         return len(self._ids)
 
     def read(self, row: int) -> bytes | npt.NDArray[np.uint8]:
-        return self._store.read(int(self._ids[row]))
+        return self.selected_from.read(int(self._ids[row]))
 
     def name(self, row: int) -> str:
-        return self._store.name(int(self._ids[row]))
+        return self.selected_from.name(int(self._ids[row]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,23 @@ def prepare(
         classes=classes,
         source=f"the {len(test)} images of the test set{note}{test_note}",
         numbers=numbers,
+    )
+
+
+def refuse_splits(classes: tuple[str, ...], where: str) -> None:
+    """Accuracy is not of telling a training set from a validation set.
+
+    Raises:
+        DataError: all classes are called like parts of a data set.
+    """
+    splits = {name: split_of(name) for name in classes}
+    if None in splits.values() or len(set(splits.values())) < 2:
+        return
+    train, *rest = sorted(classes, key=lambda name: (splits[name] != "train", name))
+    raise DataError(
+        f"the classes of {where} are {_some(list(classes))}, which are splits of a data set: name "
+        f"one of them, --data {shlex.quote(f'{where}/{train}')} "
+        f"--test-data {shlex.quote(f'{where}/{rest[0]}')}"
     )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import BadImage
-from pipelines.scan import EXTENSIONS, measure_file
+from pipelines.errors import BadImage, DataError
+from pipelines.indexnotes import listing_notes
+from pipelines.listing import walk
+from pipelines.notes import tell
+from pipelines.progress import Progress
+from pipelines.scan import measure_file
 
 
 class Files:
@@ -51,13 +55,31 @@ class Files:
 
 
 def expand(names: Sequence[str | Path]) -> list[Path]:
-    """Files as they are; of a folder, the images below it by name."""
+    """Files as they are; of a folder, the images below it by name. What it leaves out is logged.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
     found: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            suffixes = {f".{extension}" for extension in EXTENSIONS}
-            found += sorted(below for below in path.rglob("*") if below.suffix.lower() in suffixes)
+            found += sorted(_images_below(path))
         else:
             found.append(path)
     return found
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    try:
+        with Progress("listing", None, enabled=False) as bar:
+            listed = walk(os.fsencode(folder), bar)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be listed ({error.strerror}): check its rights"
+        ) from error
+    tell(str(folder), listing_notes(folder, listed))
+    for i, below in enumerate(listed.dirs):
+        for name in listed.names[listed.first[i] : listed.first[i + 1]]:
+            yield folder / os.fsdecode(os.path.join(below, name))
+    yield from (folder / os.fsdecode(bad.path) for bad in listed.bad)

@@ -13,7 +13,7 @@ from byol_fast.distributed import World
 from byol_fast.errors import Preempted
 from byol_fast.session.runfolder import RunFolder
 from byol_fast.session.signals import StopSignal
-from pipelines import stores
+from pipelines import notes, stores
 from pipelines.errors import DataError
 from pipelines.parts import Held, Parts
 from pipelines.stores import Store
@@ -58,6 +58,7 @@ def open_data(config: Config, world: World, signal: StopSignal) -> Data:
     store, evaluated = opened
     parts = agree_on_parts(store, config, world)
     if parts.of_rank(world.rank).ranks[0] == world.rank:
+        notes.tell(config.data_path, notes.notes_of(store))
         _tell_quarantined(store)
     return Data(store=store, parts=parts, evaluated=evaluated)
 
@@ -87,7 +88,7 @@ def agree_on_parts(store: Store, config: Config, world: World) -> Parts:
 
 def _open(config: Config, world: World) -> tuple[Store, Store | None]:
     verify, evaluated = config.input.verify, config.monitor.eval_data
-    train = stores.open_store(config.data_path, verify=verify, progress=world.is_main)
+    train = stores.open_store(config.data_path, verify=verify, progress=world.is_main, quiet=True)
     if not (evaluated and world.is_main):
         return train, None
     return train, stores.open_store(evaluated, verify=verify)

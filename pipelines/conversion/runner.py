@@ -38,6 +38,7 @@ def convert(
     *,
     storage: Storage,
     labels: bool = True,
+    root: str | None = None,
     workers: int,
     force: bool = False,
     progress: bool = True,
@@ -48,6 +49,7 @@ def convert(
         data: anything that `stores.open_store` takes by name.
         storage: what becomes of each image.
         labels: whether labels are written, if there are any.
+        root: the folder that a list's paths lie below; by default the list's own.
         workers: threads that read, decode and encode.
         force: replace `out` if it exists.
         progress: show how far it is, on stderr.
@@ -58,7 +60,7 @@ def convert(
         RuntimeError: a worker failed, with the name of the image it had.
     """
     _check_target(data, out, force)
-    store = open_store(data, verify=False, workers=workers, progress=progress)
+    store = open_store(data, root=root, verify=False, workers=workers, progress=progress)
     job = _Job(store, storage, labels=labels, workers=workers, progress=progress)
     _check_space(job, out)
     try:

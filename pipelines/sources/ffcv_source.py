@@ -27,7 +27,7 @@ from pipelines.plan import Rows
 from pipelines.sources import FILL
 from pipelines.sources.torch_source import TorchSource
 from pipelines.sources.workers import Job
-from pipelines.stores import Images, Store
+from pipelines.stores import Images, Store, underlying
 from pipelines.stores.beton import BetonStore
 
 try:
@@ -47,7 +47,7 @@ class FfcvSource(TorchSource):
     done for one image is not.
 
     Args:
-        store: a `.beton` file.
+        store: a `.beton` file, or a selection of its rows.
         image_size: S, pixels.
         device: where the crops are wanted.
         threads: worker threads; one core each keeps them busy.
@@ -66,9 +66,9 @@ class FfcvSource(TorchSource):
         threads: int,
         prefetch: int = 2,
     ) -> None:
-        if not isinstance(store, BetonStore):
+        if not isinstance(images := underlying(store), BetonStore):
             raise DataError(
-                f"the ffcv backend reads .beton files, and this is a {type(store).__name__}: "
+                f"the ffcv backend reads .beton files, and this is a {type(images).__name__}: "
                 "make one with python -m pipelines.convert DIR OUT.beton"
             )
         super().__init__(

@@ -113,4 +113,7 @@ class Reader:
             )
         if known:
             return
-        log.warning("%s cannot be decoded and is shown as grey: %s", name, error)
+        log.warning(
+            "%s cannot be decoded: %s (its features are NaN or left out; in training it is grey)",
+            *(name, error),
+        )

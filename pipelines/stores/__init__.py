@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Protocol, TypeAlias, TypedDict, runtime_checkable
@@ -10,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.errors import DataError
+
+log = logging.getLogger(__name__)
 
 Images: TypeAlias = npt.NDArray[np.uint8]
 ArrayData: TypeAlias = Images | tuple[Images, npt.ArrayLike | None]  # images, or (images, labels)
@@ -23,7 +26,11 @@ MEND = (
 
 @runtime_checkable
 class Store(Protocol):
-    """A fixed table of images; row numbers are what a plan orders. Read from any thread."""
+    """A fixed table of images; row numbers are what a plan orders. Read from any thread.
+
+    It may also have `notes`, what is left out or in doubt, and, if it is a selection of another's
+    rows, `selected_from`, that store.
+    """
 
     @property
     def encoded(self) -> bool:
@@ -78,8 +85,9 @@ def open_store(
     workers: int | None = None,
     progress: bool = True,
     max_bad_share: float = 0.05,
+    quiet: bool = False,
 ) -> Store:
-    """The store behind `data`.
+    """The store behind `data`. What is odd about it is logged; see `tell`.
 
     Args:
         data: a folder of images or tar shards (a folder of them, one, or a pattern such as
@@ -94,6 +102,7 @@ def open_store(
         workers: threads that index; by default every core this process may use.
         progress: show how far indexing is, on stderr.
         max_bad_share: the largest share in [0, 1] of unreadable images that is put up with.
+        quiet: leave that to the caller.
 
     Raises:
         DataError: nothing usable there; the message gives cause, path and mend.
@@ -123,6 +132,30 @@ def open_store(
         if os.path.exists(path):
             raise DataError(f"{path} is not a data set this version reads: {MEND}")
         raise DataError(f"{path} does not exist: check the path, or {MEND}")
+    if not quiet:
+        tell(text, store)
+    return store
+
+
+def tell(data: str, store: Store) -> None:
+    """Logs what is left out of the data or in doubt, and how many images cannot be used."""
+    from pipelines import notes
+    from pipelines.scan import printable
+
+    notes.tell(data, notes.notes_of(store))
+    if bad := store.quarantined:
+        name, reason = bad[0]
+        log.warning(
+            "%s: %d of %d images cannot be used and are left out (the first: %s: %s); "
+            "python -m pipelines.index names them all",
+            *(printable(data), len(bad), len(store) + len(bad), name, reason),
+        )
+
+
+def underlying(store: Store) -> Store:
+    """The store that holds the images: `store`, or what a selection of rows was made from."""
+    while (inner := getattr(store, "selected_from", None)) is not None:
+        store = inner
     return store
 
 

@@ -31,7 +31,7 @@ class BetonStore:
 
     def __init__(self, file: BetonFile) -> None:
         self.file = file
-        self.sizes, self.labels = file.sizes, file.labels
+        self.sizes, self.labels, self.notes = file.sizes, file.labels, file.notes
         self.encoded = not bool(file.raw.all())
         known = read_sidecar(file) or {}
         self.verified = bool(known)  # our converter decodes strictly; FFCV's does not

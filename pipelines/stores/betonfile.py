@@ -11,7 +11,6 @@ pointer is checked here before it is followed.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +22,8 @@ import numpy.typing as npt
 
 from pipelines.decode import MAX_PIXELS
 from pipelines.errors import DataError
-from pipelines.scan import open_regular, printable
+from pipelines.scan import open_regular
 from pipelines.stores import MOST_CLASSES
-
-log = logging.getLogger(__name__)
 
 VERSION = 2
 JPEG, RAW = 0, 1  # an image's mode
@@ -72,6 +69,7 @@ class BetonFile:
     page_size: int
     image_field: str  # the name of the field that is read
     label_field: str | None  # None where the samples have no label
+    notes: tuple[str, ...]  # what is in doubt
     sizes: npt.NDArray[np.int32]  # [n, 2] height, width
     labels: npt.NDArray[np.int32]  # [n], -1 where unlabelled
     raw: npt.NDArray[np.bool_]  # [n] stored as pixels, else as a JPEG
@@ -107,6 +105,7 @@ class _Tables:
         self.path, self.file = path, file
         self.size = os.fstat(file.fileno()).st_size
         self.digest = hashlib.sha256()
+        self.notes = list[str]()
 
     def load(self) -> BetonFile:
         if self.size < HEADER.itemsize:
@@ -133,6 +132,7 @@ class _Tables:
             page_size=int(header["page_size"]),
             image_field=names[image],
             label_field=None if label is None else names[label],
+            notes=tuple(self.notes),
             sizes=sizes,
             labels=labels,
             raw=raw,
@@ -194,12 +194,18 @@ class _Tables:
         if not images:
             self.fail(f"has no image field, only {names}", "write it with FFCV's RGBImageField")
         image = next((i for i in images if names[i] == "image"), images[0])
+        if len(images) > 1 and names[image] != "image":
+            self.notes.append(
+                f"in doubt: of {len(images)} image fields ({', '.join(names[i] for i in images)}), "
+                f"none of which is named image, the first is used, {names[image]}: write the file "
+                "again with the field that is wanted named image"
+            )
         numbers = [i for i, kind in enumerate(kinds) if kind == INT_FIELD]
         label = next((i for i in numbers if names[i] == "label"), None)
         if label is None and len(numbers) > 1:
-            log.warning(
-                "%s: none of its whole numbers (%s) is named label, so its images are unlabelled",
-                *(printable(self.path), printable(", ".join(names[i] for i in numbers))),
+            self.notes.append(
+                f"unlabelled: none of its whole numbers ({', '.join(names[i] for i in numbers)}) "
+                "is named label"
             )
         return image, numbers[0] if label is None and len(numbers) == 1 else label
 
@@ -216,9 +222,8 @@ class _Tables:
 
     def labels(self, column: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         if column.min() < -1 or column.max() >= MOST_CLASSES:
-            log.warning(
-                "%s: its numbers from %d to %d count no classes, so its images are unlabelled",
-                *(printable(self.path), column.min(), column.max()),
+            self.notes.append(
+                f"unlabelled: its numbers from {column.min()} to {column.max()} count no classes"
             )
             return np.full(len(column), -1, np.int32)
         return column.astype(np.int32)

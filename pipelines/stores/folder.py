@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipelines.index import open_index, refuse_if_bad, warn_of
+from pipelines.index import open_index, refuse_if_bad
 from pipelines.indexfile import Index
 from pipelines.reading import read_file, refusal
 from pipelines.scan import open_regular, printable
@@ -25,6 +25,7 @@ class FolderStore:
         self.sizes, self.labels = index.sizes, index.labels
         self.classes, self.fingerprint = index.classes, index.fingerprint
         self.verified = index.verified  # every image was decoded strictly
+        self.notes = index.notes
         self._root = os.fsencode(index.root)
 
     @classmethod
@@ -44,7 +45,6 @@ class FolderStore:
         """
         index = open_index(root, verify=verify, workers=workers, progress=progress)
         refuse_if_bad(index, max_bad_share)
-        warn_of(index)
         return cls(index)
 
     @property

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from pipelines import npz
 from pipelines.errors import DataError
 from pipelines.indexfile import Strings, keep, locations, save_columns
+from pipelines.notes import note
 from pipelines.progress import Progress
 from pipelines.reading import read_file, refusal
 from pipelines.scan import Bad, Sizes, default_workers, measure, open_regular, printable
@@ -27,7 +29,8 @@ from pipelines.stores.listfile import Listed, read_list
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raised whenever the meaning of a column changes; another format is rebuilt
+_LOOKS = 20  # absolute paths of which one has to be there
+FORMAT = 2  # raised whenever the meaning of a column changes; another format is rebuilt
 
 
 class ListStore:
@@ -36,6 +39,7 @@ class ListStore:
     Args:
         path: the list.
         root: the folder that the listed paths lie below.
+        notes: what is left out or in doubt.
         listed: what the list says.
         sizes: `[n, 2]` of the listed images, (0, 0) where one is bad.
         reasons: why each of the bad ones is.
@@ -45,9 +49,15 @@ class ListStore:
     verified = False  # whether every image was decoded strictly
 
     def __init__(
-        self, path: Path, root: Path, listed: Listed, sizes: Sizes, reasons: dict[int, str]
+        self,
+        path: Path,
+        root: Path,
+        listed: Listed,
+        sizes: Sizes,
+        reasons: dict[int, str],
+        notes: Sequence[str] = (),
     ) -> None:
-        self.path, self.root = path, root
+        self.path, self.root, self.notes = path, root, tuple(notes)
         good = [row for row in range(len(listed.paths)) if row not in reasons]
         self._root, self._names = os.fsencode(root), Strings.of([listed.paths[i] for i in good])
         self.sizes: npt.NDArray[np.int32] = sizes[good]
@@ -80,6 +90,7 @@ class ListStore:
         if not os.path.isdir(root):
             raise DataError(f"{root} is not a folder: name the one that {path} is about (--root)")
         listed = read_list(path)
+        notes = [*_below_root(listed, root), *listed.notes()]
         key = _key(path, root)
         known = _load(path, key, verify)
         if known is None:
@@ -100,7 +111,7 @@ class ListStore:
             reasons = {todo[i]: reason for i, reason in bad.items()}
         if reasons != before:
             keep(path, partial(_save, key, verify, sizes, reasons))
-        store = cls(path, root, listed, sizes, reasons)
+        store = cls(path, root, listed, sizes, reasons, notes)
         store.verified = verify
         store._judge(max_bad_share)
         return store
@@ -143,17 +154,44 @@ class ListStore:
         if not len(self) or len(self.bad) > max_bad_share * total:
             raise DataError(
                 f"{path}: {len(self.bad)} of {total} listed images cannot be used, more than "
-                f"{max_bad_share:.1%} ({some}): paths are looked up below "
-                f"{printable(str(self.root))}; name "
-                "another folder with --root, or mend the list"
+                f"{max_bad_share:.1%} ({some}): {self._advice()}"
             )
-        log.warning(
-            "%s: %d of %d listed images cannot be used and are left out (%s)",
-            path,
-            len(self.bad),
-            total,
-            some,
+
+    def _advice(self) -> str:
+        """How the paths of the list and the files come together."""
+        listed, root = printable(str(self.path)), printable(str(self.root))
+        missing = [bad.path for bad in self.bad if bad.reason.startswith("cannot be read: No such")]
+        for path in missing[:1]:
+            parts = path.lstrip(b"/").split(b"/")
+            for skip in range(1, len(parts)):
+                if os.path.lexists(os.path.join(self._root, *parts[skip:])):
+                    start = printable(b"/".join(parts[:skip])) + "/"
+                    return f"below {root} they are found without the {start!r} in front: remove it"
+            above = os.path.abspath(self._root)
+            for _ in range(3):
+                above = os.path.dirname(above)
+                if os.path.lexists(os.path.join(above, *parts)):
+                    return f"they are found below {printable(above)}: move {listed} there"
+        return (
+            f"paths are looked up below {root}, absolute ones as they are: move the list into the "
+            "folder that its paths begin in, or write absolute paths (evaluate and convert take "
+            "that folder as --root as well)"
         )
+
+
+def _below_root(listed: Listed, root: Path) -> list[str]:
+    """Takes paths that begin with / for paths below the root where they are found only there."""
+    absolute = [row for row, path in enumerate(listed.paths) if path.startswith(b"/")]
+    below = os.fsencode(root)
+    some = [listed.paths[row] for row in absolute[:_LOOKS]]
+    if any(map(os.path.lexists, some)) or not any(
+        os.path.lexists(os.path.join(below, path.lstrip(b"/"))) for path in some
+    ):
+        return []
+    for row in absolute:
+        listed.paths[row] = listed.paths[row].lstrip(b"/")
+    what = f"in doubt: # path(s) that begin with / are looked up below {printable(str(root))}"
+    return [note(len(absolute), what, [b"/" + listed.paths[row] for row in absolute[:3]])]
 
 
 def _key(path: Path, root: Path) -> dict[str, Any]:

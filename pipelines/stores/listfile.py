@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError
-from pipelines.scan import Bad, printable
+from pipelines.listing import in_service
+from pipelines.notes import Tally
+from pipelines.scan import EXTENSIONS, Bad, printable
 from pipelines.stores import MOST_CLASSES
 
 SUFFIXES = (".txt", ".csv", ".json")
+_IMAGES = tuple(f".{ending}" for ending in EXTENSIONS)
+_LABEL = re.compile(r"(-1|[0-9]{1,18})(?:\.0*)?")  # tables with gaps in them hold floats
 _WANTED = (
-    "a line `path label` for each image, or JSON with images, annotations and categories, as "
-    "iNaturalist's files have them"
+    "a line `path label` or `path` for each image, or JSON with images, annotations and "
+    "categories, as iNaturalist's files have them"
 )
 
 
@@ -26,29 +32,69 @@ class Listed:
     paths: list[bytes] = field(default_factory=list)  # below the root
     labels: list[int] = field(default_factory=list)  # -1 where there is none
     classes: tuple[str, ...] = ()
-    bad: list[Bad] = field(default_factory=list)  # lines and entries that name no labelled image
+    bad: list[Bad] = field(default_factory=list)  # lines and entries that name no image
+    found: Tally = field(default_factory=Tally)  # what is not taken, or in doubt
+
+    def enter(self, where: bytes, name: str, label: int) -> None:
+        """One more image; a name that no file can have is bad, as `where` it is listed."""
+        try:
+            path = os.fsencode(name.replace("\\", "/"))
+            reason = "has a NUL in its name" if b"\0" in path else ""
+        except UnicodeEncodeError:
+            reason = "has a name that no file can have"
+        if reason:
+            self.bad.append(Bad(where, f"{reason}: {_short(name)}"))
+            return
+        self.paths.append(path)
+        self.labels.append(label)
+
+    def notes(self) -> list[str]:
+        """What is left out or in doubt."""
+        seen, found, labelled = set[bytes](), self.found, any(n >= 0 for n in self.labels)
+        for path, label in zip(self.paths, self.labels, strict=True):
+            if labelled and label < 0:
+                found.add("unlabelled", path)
+            if path in seen:
+                found.add("repeated", path)
+            seen.add(path)
+            if b"/" in path and in_service(path):
+                found.add("service", path)
+        return [
+            *found.note("header", "left out: the first line, as its header"),
+            *found.note("comments", "left out: # line(s) that begin with #"),
+            *found.note("unlabelled", "unlabelled: # of the listed images"),
+            *found.note("several", "# image(s) with several categories, which count as none"),
+            *found.note("unknown", "left out: # annotation(s) of a category that is not listed"),
+            *found.note("strange", "left out: # annotation(s) of images that are not listed"),
+            *found.note("repeated", "in doubt: # image(s) listed before, each taken again"),
+            *found.note(
+                "service",
+                "in doubt: # image(s) in hidden or service folders, taken as listed",
+            ),
+        ]
 
 
 def read_list(path: Path) -> Listed:
     """The images that a file lists.
 
-    `.txt` and `.csv`: a line `path label` each, apart by blanks or, in a `.csv`, by a comma, where
-    both may stand in quotes; the label is a number from 0. Empty lines and those that begin with #
-    are passed over. `.json`: iNaturalist's `images`, `annotations` and `categories`; classes are
-    numbered by category id.
+    `.txt` and `.csv`: a line `path label` or `path` each, apart by blanks or, in a `.csv`, by a
+    comma, where both may stand in quotes; labels are numbers from 0, -1 for none, or names of
+    classes, if all are. A line without a label has to end like an image. Empty lines and those that
+    begin with # are passed over, as is a `.csv`'s header. `.json`: iNaturalist's `images`,
+    `annotations` and `categories`; classes are numbered by category id.
 
     Raises:
         DataError: it cannot be read, or is none of these.
     """
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        text = _text(path.read_bytes())
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): check the path and its rights"
         ) from error
     try:
         listed = _from_json(text) if path.suffix == ".json" else _from_lines(path, text)
-    # What JSON may hold anywhere, and names that no file can have, raise nearly all of them.
+    # What JSON may hold anywhere raises nearly all of them.
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
         raise DataError(
             f"{path} is not a list of images ({type(e).__name__}: {e}): it needs {_WANTED}"
@@ -60,24 +106,66 @@ def read_list(path: Path) -> Listed:
     return listed
 
 
+def _text(content: bytes) -> str:
+    """Decoded: UTF-16 where it says so, as Windows' shell writes it, else UTF-8 or any bytes."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8", "surrogateescape")
+
+
 def _from_lines(path: Path, text: str) -> Listed:
-    out, comma = Listed(), path.suffix == ".csv"
-    for number, line in enumerate(text.splitlines(), start=1):
+    out, comma, found = Listed(), path.suffix == ".csv", list[tuple[int, str, str]]()
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         line = line.strip().lstrip("\ufeff")
-        if not line or line.startswith("#"):
+        parts = line and _parts(line.lstrip("#"), comma)
+        if line.startswith("#"):
+            if parts:
+                out.found.add("comments", _short(line))
+        elif parts:
+            found.append((number, *parts))
+        elif line:
+            out.bad.append(Bad(b"line %d" % number, f"is not `path label`: {_short(line)}"))
+    if found and comma and out.bad[:1] and out.bad[0].path == b"line 1":
+        out.found.add("header", out.bad.pop(0).reason.partition(": ")[2])
+    said = [label for _, _, label in found if label]
+    names = sorted(set(said)) if said and not any(map(_LABEL.fullmatch, said)) else []
+    number_of = {name: i for i, name in enumerate(names)}
+    for number, name, label in found:
+        where, which = b"line %d" % number, number_of.get(label, -1)
+        if label and not names:
+            whole = _LABEL.fullmatch(label)
+            which = int(whole[1]) if whole else MOST_CLASSES
+        if which >= MOST_CLASSES:
+            out.bad.append(Bad(where, f"is not `path label`: {_short(f'{name} {label}')}"))
             continue
-        parts = line.rsplit(None, 1)
-        before, found, after = line.rpartition(",")
-        if comma and found and len(after.split()) == 1:  # `a, b.jpg 3` is apart by blanks
-            parts = [_unquoted(part.strip()) for part in (before, after)]
-        if len(parts) == 2 and parts[0] and parts[1].isdecimal() and int(parts[1]) < MOST_CLASSES:
-            out.paths.append(_below(parts[0]))
-            out.labels.append(int(parts[1]))
-        else:
-            said = line if len(line) <= 60 else line[:59] + "…"
-            out.bad.append(Bad(b"line %d" % number, f"is not `path label`: {printable(said)}"))
-    out.classes = tuple(map(str, range(max(out.labels, default=-1) + 1)))
+        out.enter(where, name, which)
+    count = max(out.labels, default=-1) + 1
+    out.classes = tuple(names) or tuple(map(str, range(count)))
     return out
+
+
+def _parts(line: str, comma: bool) -> tuple[str, str] | None:
+    """Path and label of a line; an empty label where there is none, None where it is no such line.
+
+    Without a number the path has to end like an image, as otherwise any line would do.
+    """
+    before, found, after = line.rpartition(",")
+    first = _unquoted(before.strip())
+    # `a, b.jpg 3` is apart by blanks, `a.jpg,golden retriever` is not
+    if comma and found and (len(after.split()) <= 1 or first.lower().endswith(_IMAGES)):
+        name, label = first, _unquoted(after.strip())
+    else:
+        pieces = line.rsplit(None, 1)
+        name, label = (pieces[0], pieces[1]) if len(pieces) == 2 else ("", line)
+    if name and _LABEL.fullmatch(label):
+        return name, label
+    if label.strip('"').lower().endswith(_IMAGES):  # a path, with a blank or comma in it
+        return (_unquoted(line) if comma else line), ""
+    return (name, label) if name.lower().endswith(_IMAGES) else None
+
+
+def _short(line: str) -> str:
+    return printable(line if len(line) <= 60 else line[:59] + "…")
 
 
 def _unquoted(field: str) -> str:
@@ -98,19 +186,16 @@ def _from_json(text: str) -> Listed:
     out, label_of = Listed(classes=_unique(name_of)), dict[Any, int]()
     for image, category in said:
         if category not in number:
-            out.bad.append(Bad(_entry(image), f"has category {category}, which is not listed"))
+            out.found.add("unknown", f"image {image}: {category}")
         elif label_of.setdefault(image, number[category]) != number[category]:
             label_of[image] = -2
     for image, name in named:
         label = label_of.pop(image, -1)
         if label == -2:
-            out.bad.append(Bad(_below(name), "has several categories, and needs one"))
-        elif said and label == -1:
-            out.bad.append(Bad(_below(name), "has no annotation"))
-        else:
-            out.paths.append(_below(name))
-            out.labels.append(label)
-    out.bad += [Bad(_entry(image), "is annotated, but not among the images") for image in label_of]
+            out.found.add("several", name)
+        out.enter(f"image {image}".encode(), name, max(label, -1))
+    for image in label_of:
+        out.found.add("strange", f"image {image}")
     return out
 
 
@@ -122,11 +207,3 @@ def _unique(name_of: dict[int, str]) -> tuple[str, ...]:
         f"{category} {name_of[category]}" if name_of[category] in many else name_of[category]
         for category in sorted(name_of)
     )
-
-
-def _entry(image: Any) -> bytes:
-    return f"image {image}".encode()
-
-
-def _below(name: str) -> bytes:
-    return os.fsencode(name.replace("\\", "/"))

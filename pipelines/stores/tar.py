@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.index import refuse_if_bad, warn_of
+from pipelines.index import refuse_if_bad
 from pipelines.scan import printable
 from pipelines.stores.openfile import OpenFiles
 from pipelines.stores.tarbuild import open_tar_index
@@ -25,6 +25,7 @@ class TarStore:
         self.sizes, self.labels = index.sizes, index.labels
         self.classes, self.fingerprint = index.classes, index.fingerprint
         self.verified = index.verified  # every image was decoded strictly
+        self.notes = index.notes
         self._files = OpenFiles(index.paths)
 
     @classmethod
@@ -45,7 +46,6 @@ class TarStore:
         """
         index, _ = open_tar_index(data, verify=verify, workers=workers, progress=progress)
         refuse_if_bad(index, max_bad_share)
-        warn_of(index)
         return cls(index)
 
     @property

@@ -28,6 +28,7 @@ from pipelines.progress import Progress
 from pipelines.scan import EXTENSIONS, Bad, expanded
 from pipelines.stores.openfile import OpenFile, OpenFiles
 from pipelines.stores.tarindex import TarIndex, class_names, load, save
+from pipelines.stores.tarnotes import beside_notes, refuse_nested, shard_notes, tally_of
 from pipelines.stores.tarshards import Samples, read_shard, shard_paths
 
 _HEAD_BYTES = 64 << 10  # what a header needs as a rule
@@ -106,15 +107,18 @@ def open_tar_index(
     threads = workers or worker_threads()
     found = _list(paths, threads, progress)
     images = sum(len(samples.names) for samples in found)
+    tally = tally_of(found, listed.shards)
     if not images and not any(samples.bad for samples in found):
         others = sum(samples.ignored for samples in found)
+        refuse_nested(str(data), tally)
         raise DataError(
             f"{data} holds no images in {len(paths)} tar files, only {others} members of other "
             f"kinds: name shards whose samples have an image each ({', '.join(EXTENSIONS)})"
         )
     with Progress("verifying" if verify else "reading headers", images, enabled=progress) as bar:
         sizes, reasons = _measure(paths, found, verify=verify, workers=threads, bar=bar)
-    index = _assemble(root, paths, listed.shards, listed.looks, found, sizes, reasons, verify)
+    notes = (*shard_notes(data, listed.shards, found, tally), *beside_notes(root))
+    index = _assemble(listed, found, sizes, reasons, verify, notes)
     keep(listed.beside, partial(save, index))
     return index, images
 
@@ -133,18 +137,16 @@ def _list(paths: Sequence[Path], workers: int, progress: bool) -> list[Samples]:
 
 
 def _assemble(
-    root: Path,
-    paths: Sequence[Path],
-    shards: tuple[str, ...],
-    stats: npt.NDArray[np.int64],
+    listed: _Listed,
     found: Sequence[Samples],
     sizes: npt.NDArray[np.int32],
     reasons: dict[int, str],
     verified: bool,
+    notes: tuple[str, ...],
 ) -> TarIndex:
     """Rows from the good images, everything else into quarantine."""
     names, whole, bad = list[bytes](), list[bytes](), list[Bad]()  # whole: with the shard's name
-    for shard, samples in zip(shards, found, strict=True):
+    for shard, samples in zip(listed.shards, found, strict=True):
         folder = os.fsencode(shard) + b"/"
         names += samples.names
         whole += [folder + name for name in samples.names]
@@ -154,16 +156,16 @@ def _assemble(
     lengths = _column(found, "lengths")[good]
     labels = _column(found, "labels")[good].astype(np.int32)
     return TarIndex(
-        root=root,
-        paths=tuple(paths),
-        shards=shards,
+        root=listed.root,
+        paths=tuple(listed.paths),
+        shards=listed.shards,
         verified=verified,
         fingerprint=fingerprint((whole[row] for row in good), lengths),
         ignored=sum(samples.ignored for samples in found),
         classes=class_names(labels),
-        notes=_notes(found),
+        notes=notes,
         bad=tuple(sorted(bad)),
-        stats=stats,
+        stats=listed.looks,
         first=np.searchsorted(good, _first(found)),
         names=Strings.of([names[row] for row in good]),
         offsets=_column(found, "offsets")[good],
@@ -179,15 +181,6 @@ def _column(found: Sequence[Samples], name: str) -> npt.NDArray[np.int64]:
 
 def _first(found: Sequence[Samples]) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *(len(samples.names) for samples in found)])
-
-
-def _notes(found: Sequence[Samples]) -> tuple[str, ...]:
-    images = sum(samples.extra_images for samples in found)
-    labels = sum(samples.odd_labels for samples in found)
-    return (
-        *([f"{images} samples have several images: each one's first is used"] if images else []),
-        *([f"{labels} labels are no class numbers and count as none"] if labels else []),
-    )
 
 
 def _measure(

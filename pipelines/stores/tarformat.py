@@ -14,6 +14,7 @@ from pipelines.errors import BadImage
 from pipelines.stores.openfile import OpenFile
 
 BLOCK = 512
+_CHUNK = 1 << 20  # bytes of padding read at a time; a multiple of BLOCK
 _MOST_HEADER = 1 << 20  # bytes: no sane name, nor all of a member's PAX records, is longer
 _REGULAR = (b"0", b"\0", b"7")
 _COMPRESSED = {
@@ -40,8 +41,18 @@ class Member(NamedTuple):
     kind: str  # "file", "sparse file", "link", or "" for what holds no data, such as a folder
 
 
-def members(file: OpenFile) -> Iterator[Member]:
-    """The members in their order.
+class Further(NamedTuple):
+    """What follows the mark that ends a tar."""
+
+    offset: int
+    waste: int  # bytes that are no tar; 0 where it is a further tar
+
+
+def members(file: OpenFile, further: list[Further] | None = None) -> Iterator[Member]:
+    """The members in their order, those behind an end mark too (`cat a.tar b.tar`).
+
+    Args:
+        further: what follows an end mark is entered here.
 
     Raises:
         BadTar: it is no tar file, is compressed, damaged, or ends inside a member.
@@ -52,7 +63,16 @@ def members(file: OpenFile) -> Iterator[Member]:
     while offset + BLOCK <= size:
         block = _read(file, offset, BLOCK)
         if not any(block):
-            return
+            start = _next_data(file, offset + BLOCK, size)
+            if start is None:
+                return
+            is_tar = start + BLOCK <= size and _is_header(_read(file, start, BLOCK))
+            if further is not None:
+                further.append(Further(start, 0 if is_tar else size - start))
+            if not is_tar:
+                return
+            offset, extra = start, {}
+            continue
         _check(block, offset)
         kind, data = block[156:157], offset + BLOCK
         length = 0 if kind in b"123456" else _number(block[124:136])  # links may state a size
@@ -87,6 +107,16 @@ def members(file: OpenFile) -> Iterator[Member]:
     )
 
 
+def _next_data(file: OpenFile, offset: int, size: int) -> int | None:
+    """The first block from `offset` on that is not all zeros; None where there is none."""
+    while offset < size:
+        data = _read(file, offset, min(_CHUNK, size - offset))
+        if rest := len(data.lstrip(b"\0")):
+            return offset + (len(data) - rest) // BLOCK * BLOCK
+        offset += len(data)
+    return None
+
+
 def _read(file: OpenFile, offset: int, length: int) -> bytes:
     try:
         return file.read(offset, length)
@@ -103,11 +133,15 @@ def _refuse_compressed(start: bytes) -> None:
             )
 
 
-def _check(block: bytes, offset: int) -> None:
+def _is_header(block: bytes) -> bool:
     # the sum counts its own field as blanks; some old programs summed signed bytes
     stated = _number(block[148:156])
     summed = sum(block) - sum(block[148:156]) + 8 * 32
-    if stated != summed and stated != summed - 256 * sum(b > 127 for b in block):
+    return stated in (summed, summed - 256 * sum(b > 127 for b in block))
+
+
+def _check(block: bytes, offset: int) -> None:
+    if not _is_header(block):
         if not offset:
             raise BadTar("is no tar file", "name the tar files, or remove it from the folder")
         raise BadTar(f"is damaged: no header where one has to be, at byte {offset:,}")

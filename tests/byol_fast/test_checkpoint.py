@@ -125,7 +125,7 @@ def test_a_pickle_payload_is_refused_and_not_run(tmp_path: Path, writer: str) ->
     else:
         path.write_bytes(pickle.dumps({"format": 1, "step": 1, "bad": _Payload(trap)}))
     path.with_name(path.name + ".sha256").write_text(checkpoint.file_hash(path))
-    with pytest.raises(CheckpointError, match="posix.system"):
+    with pytest.raises(CheckpointError, match=r"posix\.system"):
         checkpoint.load(path)
     assert not trap.exists()
 

@@ -230,6 +230,40 @@ def test_too_many_broken_images_are_data_that_is_missing(tmp_path: Path) -> None
     assert verdict([found]) == Exit.DATA
 
 
+def test_what_is_left_out_or_in_doubt_is_told_with_and_without_an_index(tmp_path: Path) -> None:
+    from pipelines.index import main as index
+
+    folder = make_folder(tmp_path / "images", images=8)
+    (folder / "@eaDir").mkdir()
+    (folder / "latest").symlink_to("class0")
+    for _ in range(2):
+        whole, *notes = doctor_machine.index(Wanted(data=str(folder)))
+        assert [note.state for note in notes] == ["slow", "slow"]
+        assert "a NAS or the system keeps (@eaDir)" in notes[0].what
+        assert "latest → class0" in notes[1].what and notes[1].mend.endswith(str(folder))
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (time.time() - 60,) * 2)
+        assert index([str(folder), "--verify"]) == 0
+    assert whole.state == "ok"
+    (folder / "new").mkdir()
+    whole, *notes = doctor_machine.index(Wanted(data=str(folder)))
+    assert "as the folder . has changed: the first start" in whole.what and len(notes) == 3
+
+
+def test_shards_beside_images_and_lists_are_looked_at(tmp_path: Path) -> None:
+    from tests.pipelines.test_tar_store import write_shards
+
+    shards = write_shards(tmp_path / "shards")
+    assert "none that holds" in doctor_machine.index(Wanted(data=f"{shards}/*.tar"))[0].what
+    (shards / "list.txt").write_text("preview.png\npreview.png\n")
+    make_folder(tmp_path / "images", images=1)
+    (tmp_path / "images" / "class0" / "000.jpg").rename(shards / "preview.png")
+    found = doctor_machine.index(Wanted(data=str(shards / "list.txt")))
+    assert "2 images" in found[0].what and "1 image listed before" in found[1].what
+    (found,) = doctor_machine.index(Wanted(data=str(shards)))
+    assert found.state == "missing" and "only one kind can be read" in found.what
+
+
 # The whole
 
 

@@ -15,9 +15,12 @@ from byol_fast import checkpoint, export
 from byol_fast.errors import Exit
 from byol_fast.evaluate.__main__ import main
 from byol_fast.evaluate.commands import common
+from byol_fast.evaluate.files import expand
 from byol_fast.evaluate.published import Published
 from byol_fast.evaluate.table import Row, render
 from byol_fast.networks.backbone import build_backbone
+from pipelines.convert import main as convert
+from pipelines.sources import ffcv_available
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 META = {"backbone": "resnet18", "stem": "imagenet", "hidden_layer": -1, "image_size": 32}
@@ -356,3 +359,58 @@ def test_control_c_is_told_in_a_line(monkeypatch, capsys):
     monkeypatch.setattr(knn, "run", interrupted)
     assert main(["knn", "--weights", "x", "--data", "y"]) == 130
     assert capsys.readouterr().err == "interrupted: no result was written\n"
+
+
+def test_classes_that_are_splits_of_a_data_set_are_refused(weights, tmp_path, capsys):
+    root = tmp_path / "set"
+    for part, each in (("train", 3), ("val", 2)):
+        class_folders(root / part, each)
+    assert run("knn", "--weights", weights, "--data", root, "--no-cache") == Exit.DATA
+    told = capsys.readouterr().err
+    assert "the classes of" in told and f"--data {root}/train --test-data {root}/val" in told
+    words = ("--data", root / "train", "--test-data", root / "val", "--no-cache")
+    assert run("knn", "--weights", weights, *words) == Exit.DONE
+
+
+def test_what_is_left_out_of_the_data_is_told(weights, data, tmp_path, caplog):
+    root = tmp_path / "set"
+    root.mkdir()
+    for name in COLOURS:
+        (root / name).symlink_to(data / name)
+    (root / "again").symlink_to(data / "red")
+    assert run("knn", "--weights", weights, "--data", root, "--no-cache") == Exit.DONE
+    assert "left out: 1 link to folders that are listed already" in caplog.text
+    caplog.clear()
+    assert run("embed", root, tmp_path / "out", "--weights", weights) == Exit.DONE
+    assert "left out: 1 link to folders" in caplog.text
+
+
+def test_embedding_says_what_becomes_of_a_broken_image(weights, data, tmp_path, caplog, capsys):
+    root = tmp_path / "set"
+    root.mkdir()
+    for i, path in enumerate(sorted((data / "red").iterdir())):
+        (root / f"{i}.png").symlink_to(path)
+    whole = (root / "0.png").read_bytes()
+    (root / "broken.png").write_bytes(whole[: len(whole) // 2])
+    assert run("embed", root, tmp_path / "out", "--weights", weights) == Exit.DONE
+    assert "broken.png cannot be decoded" in caplog.text and "features are NaN" in caplog.text
+    assert "1 images could not be decoded: NaN" in capsys.readouterr().out
+
+
+def test_images_of_a_folder_to_predict_leave_out_what_others_do(tmp_path, caplog):
+    class_folders(tmp_path / "set", 2, names=("red", "@eaDir", ".hidden"))
+    (tmp_path / "set" / "gone.jpg").symlink_to("nowhere")
+    found = expand([tmp_path / "set", tmp_path / "x.jpg"])
+    below = ["gone.jpg", "red/0.png", "red/1.png"]
+    assert found == [*(tmp_path / "set" / name for name in below), tmp_path / "x.jpg"]
+    assert "left out: 1 folder that a NAS" in caplog.text
+
+
+@pytest.mark.ffcv
+@pytest.mark.skipif(not ffcv_available(), reason="FFCV is not installed (launch/install_ffcv.sh)")
+def test_ffcv_decodes_labelled_data(weights, data, tmp_path, capsys):
+    beton = tmp_path / "a.beton"
+    assert convert([str(data), str(beton)]) == 0
+    words = ("--data", beton, "--no-cache", "--backend", "ffcv")
+    assert run("knn", "--weights", weights, *words) == Exit.DONE
+    assert run("linear", "--weights", weights, *words, "--quick") == Exit.DONE

@@ -10,7 +10,7 @@ import pytest
 from pipelines.conversion.betonwriter import BetonWriter
 from pipelines.errors import DataError
 from pipelines.sources import ffcv_available
-from pipelines.stores import betonfile
+from pipelines.stores import betonfile, open_store
 from pipelines.stores.betonfile import ALLOCATION, FIELD, HEADER, IMAGE, load, row_type
 from tests.pipelines.fake_store import encoded, picture
 
@@ -148,29 +148,44 @@ def test_every_cut_is_refused_or_whole(tmp_path: Path) -> None:
             load(path)
 
 
-def test_numbers_that_are_no_classes_are_no_labels(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_numbers_that_are_no_classes_are_no_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "a.beton")
     path.write_bytes(patched(ROWS + 16, "<q", 1 << 40)(path.read_bytes()))
-    assert load(path).labels.tolist() == [-1] * 6
-    assert "count no classes" in caplog.text
+    file = load(path)
+    assert file.labels.tolist() == [-1] * 6 and "count no classes" in file.notes[0]
 
 
-def test_several_numbers_of_which_none_is_named_label(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    fields, rows = np.zeros(3, FIELD), np.zeros(1, row_type([2, 1, 1]))
-    fields["kind"], fields["name"] = [2, 1, 1], [b"image", b"number", b"class"]
+def one_row(path: Path, fields_: list[tuple[int, bytes]]) -> Path:
+    """One image of 2 x 1 pixels, which every image field holds, and three fields in all."""
+    kinds = [kind for kind, _ in fields_]
+    fields, rows = np.zeros(3, FIELD), np.zeros(1, row_type(kinds))
+    fields["kind"], fields["name"] = kinds, [name for _, name in fields_]
     start = HEADER.itemsize + fields.nbytes + rows.nbytes
-    rows["f0"] = (betonfile.RAW, 2, 1, start)
+    for i, kind in enumerate(kinds):
+        if kind == betonfile.IMAGE_FIELD:
+            rows[f"f{i}"] = (betonfile.RAW, 2, 1, start)
     header = np.array([(betonfile.VERSION, 3, 8 << 20, 1, start + 6)], HEADER)
     table = np.array([(0, start, 6)], ALLOCATION)
     content = [header, fields, rows, np.arange(6, dtype=np.uint8), table]
-    (tmp_path / "a.beton").write_bytes(b"".join(part.tobytes() for part in content))
-    file = load(tmp_path / "a.beton")
+    path.write_bytes(b"".join(part.tobytes() for part in content))
+    return path
+
+
+def test_several_numbers_of_which_none_is_named_label(tmp_path: Path) -> None:
+    file = load(one_row(tmp_path / "a.beton", [(2, b"image"), (1, b"number"), (1, b"class")]))
     assert file.label_field is None and file.labels.tolist() == [-1]
-    assert "none of its whole numbers (number, class) is named label" in caplog.text
+    assert "none of its whole numbers (number, class) is named label" in file.notes[0]
+
+
+def test_several_images_of_which_none_is_named_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = one_row(tmp_path / "a.beton", [(2, b"mask"), (2, b"photo"), (1, b"label")])
+    assert load(path).image_field == "mask"
+    open_store(path)
+    assert "of 2 image fields (mask, photo), none of which is named image" in caplog.text
+    path = one_row(tmp_path / "b.beton", [(2, b"mask"), (2, b"image"), (1, b"label")])
+    assert load(path).image_field == "image" and load(path).notes == ()
 
 
 # Files of FFCV's own writer

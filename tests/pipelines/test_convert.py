@@ -431,3 +431,12 @@ def test_tasks_are_bounded_in_rows_and_pixels() -> None:
     assert [len(task) for task in conversion._tasks(range(40), small)] == [16, 16, 8]
     assert [len(task) for task in conversion._tasks(range(5), large)] == [2, 2, 1]
     assert [row for task in conversion._tasks([3, 1], small) for row in task] == [3, 1]
+
+
+def test_a_list_and_the_folder_of_its_images(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "data")
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    out = tmp_path / "a.beton"
+    assert main([str(tmp_path / "list.txt"), str(out), "--root", str(folder)]) == 0
+    assert len(open_store(out)) == len(names)

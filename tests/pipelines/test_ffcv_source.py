@@ -422,3 +422,19 @@ def test_on_a_gpu_the_crops_are_the_same(store: BetonStore) -> None:
     for crops, wanted in zip(on_gpu.crops(rows), cut(make(store), rows), strict=True):
         assert crops.is_cuda and torch.equal(crops.cpu(), wanted)
     on_gpu.close()
+
+
+def test_a_selection_of_rows_is_still_a_beton(store: BetonStore) -> None:
+    """As every labelled set of an evaluation is one."""
+    from byol_fast.evaluate.data import Subset
+    from pipelines.pipeline import choose_backend
+
+    order = np.array([5, 2, 7, 2])
+    some = Subset(Subset(store, np.arange(len(store))[::-1]), len(store) - 1 - order)
+    assert choose_backend("auto", some, torch.device("cpu")) == "ffcv"
+    windows, colours = centre_windows(store.sizes[order], 1.0), np.zeros((4, 1, 0), np.float32)
+    (crops,) = cut(make(some), [Rows(np.arange(4), windows, colours)])
+    (wanted,) = cut(make(store), [Rows(order, windows, colours)])
+    assert torch.equal(crops, wanted)
+    with pytest.raises(DataError, match="this is a FakeStore"):
+        make(Subset(FakeStore([picture(8, 9)]), np.array([0])))

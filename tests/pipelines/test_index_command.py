@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import indexbuild, progress, scan
+from pipelines import indexbuild, listing, progress
 from pipelines.index import main, open_index
 from tests.pipelines.index_folders import (
     fill,
@@ -124,5 +124,16 @@ def test_listing_shows_progress_and_build_logs(
         open_index(root, progress=False)
     assert "index written to" in caplog.text
     bar = progress.Progress("listing", None, enabled=False)
-    assert len(scan.walk(os.fsencode(root), bar).names) == bar.done == 12
+    assert len(listing.walk(os.fsencode(root), bar).names) == bar.done == 12
     assert indexbuild.root_listing(os.fsencode(root)) != indexbuild.root_listing(b"/")
+
+
+def test_command_on_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = three_classes(tmp_path / "data")
+    (root / "list.txt").write_text("cat/0.jpg\ncat/0.jpg\n")
+    assert main([str(root / "list.txt")]) == 0
+    text = capsys.readouterr().out
+    assert "list.txt: 2 images" in text and "note: in doubt: 1 image listed before" in text
+    (root / "list.txt").write_text("cat/9.jpg\n")
+    assert main([str(root / "list.txt")]) == 4
+    assert "1 of 1 listed images cannot be used" in capsys.readouterr().err

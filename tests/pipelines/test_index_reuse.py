@@ -13,6 +13,7 @@ import pytest
 from pipelines import index as index_module
 from pipelines import indexfile, scan
 from pipelines.errors import DataError
+from pipelines.index import why_stale
 from pipelines.indexfile import Strings
 from tests.pipelines.index_folders import (
     count_reads,
@@ -234,7 +235,7 @@ def test_other_formats_and_foreign_files_are_refused(tmp_path: Path) -> None:
     write()
     assert len(indexfile.load(path, root)) == 1
     write(format=indexfile.FORMAT + 1)
-    with pytest.raises(DataError, match="format 2"):
+    with pytest.raises(DataError, match=f"format {indexfile.FORMAT + 1}"):
         indexfile.load(path, root)
     np.savez(path, **(arrays | {"sizes": np.zeros((5, 2), np.int32)}))
     with pytest.raises(DataError, match="do not fit"):
@@ -346,3 +347,23 @@ def test_rows_outside_are_refused(tmp_path: Path) -> None:
     for row in (-1, 12):
         with pytest.raises(IndexError):
             index.below(row)
+
+
+def test_folders_whose_time_is_far_in_the_future_are_relied_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that was wrong, an archive, a FUSE mount: a change would set another time."""
+    root = three_classes(tmp_path / "data")
+    settle(root, ago=-5 * 365 * 86_400)
+    first = quietly(root)
+    forbid_making(monkeypatch)
+    assert quietly(root).fingerprint == first.fingerprint and why_stale(root) == ""
+    (root / "cat" / "new.jpg").write_bytes(b"")
+    assert why_stale(root) == "the folder cat has changed"
+
+
+def test_folders_a_little_ahead_of_the_clock_are_not(tmp_path: Path) -> None:
+    root = three_classes(tmp_path / "data")
+    settle(root, ago=-300)
+    quietly(root)
+    assert "or its time is ahead of this machine's clock" in why_stale(root)

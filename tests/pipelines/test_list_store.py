@@ -102,7 +102,7 @@ def test_json_of_any_other_content_is_refused(root):
         {"categories": [{"id": float("inf")}]},
         {"annotations": [{"image_id": {}, "category_id": 7}]},
     ):
-        with pytest.raises(DataError, match=r"train2018\.json is not a list of images"):
+        with pytest.raises(DataError, match=r"train2018\.json (is not a list of|lists no) images"):
             open_list(inaturalist(root, **changes), root)
 
 
@@ -131,11 +131,14 @@ def test_what_json_says_wrongly_is_named(root):
         {"id": 3, "image_id": 12, "category_id": 9},
         {"id": 4, "image_id": 99, "category_id": 9},
     ]
-    store = open_list(inaturalist(root, annotations=wrong), root, max_bad_share=0.9)
-    assert len(store) == 1 and store.name(0).endswith("with blank.png")
-    reasons = dict(store.quarantined)
-    assert "several categories" in reasons["b/2.png"] and "no annotation" in reasons["c/3.png"]
-    assert "category 5" in reasons["image 11"] and "not among" in reasons["image 99"]
+    store = open_list(inaturalist(root, annotations=wrong), root)
+    assert len(store) == 4 and store.labels.tolist() == [-1, -1, 2, -1]
+    assert store.quarantined == () and store.notes == (
+        "unlabelled: 3 of the listed images (b/2.png, a/1.png, c/3.png)",
+        "1 image with several categories, which count as none (b/2.png)",
+        "left out: 1 annotation of a category that is not listed (image 11: 5)",
+        "left out: 1 annotation of images that are not listed (image 99)",
+    )
     for text in ("{}", "[1]", "{"):
         (root.parent / "other.json").write_text(text)
         with pytest.raises(DataError, match=r"other\.json is not a list"):
@@ -146,11 +149,11 @@ def test_broken_lines_and_missing_files_are_named(root):
     path = places(root)
     path.write_text("# comment\nb/2.png 1\njust-a-name\nc/3.png one\na/1.png -1\ngone.png 0\n")
     store = open_list(path, root, max_bad_share=0.9)
-    assert len(store) == 1 and store.labels.tolist() == [1]
+    assert len(store) == 2 and store.labels.tolist() == [1, -1]
     reasons = dict(store.quarantined)
-    assert set(reasons) == {"line 3", "line 4", "line 5", "gone.png"}
+    assert set(reasons) == {"line 3", "line 4", "gone.png"}
     assert "just-a-name" in reasons["line 3"] and "No such file" in reasons["gone.png"]
-    with pytest.raises(DataError, match=r"4 of 5 listed images.*line 3.*--root"):
+    with pytest.raises(DataError, match=r"3 of 5 listed images.*line 3.*--root"):
         open_list(path, root)
     path.write_text("nothing here\n")
     with pytest.raises(DataError, match=r"lists no images.*line 1"):
@@ -213,3 +216,113 @@ def test_labels_are_part_of_the_fingerprint(root):
     one = open_list(places(root), root)
     other = open_list(places(root, labels=(0, 1, 0, 2)), root)
     assert one.fingerprint != other.fingerprint
+
+
+# Lists as they come
+
+
+def write_list(root, text, name="list.txt"):
+    path = root.parent / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("a/1.png", ("a/1.png", -1)),
+        ("a/with blank.PNG", ("a/with blank.PNG", -1)),
+        ("a/1.png -1", ("a/1.png", -1)),
+        ("a/1.png 2.0", ("a/1.png", 2)),
+        ("no-ending 3", ("no-ending", 3)),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.txt", "x.csv"])
+def test_lines_with_labels_of_all_kinds_and_without(tmp_path, line, found, name):
+    (tmp_path / name).write_text(line)
+    listed = read_list(tmp_path / name)
+    assert (listed.paths, listed.labels, listed.bad) == ([found[0].encode()], [found[1]], [])
+
+
+@pytest.mark.parametrize("line", ["a, b.png", '"a, b.png"', "a.png,", "a.png,-1", "a.png , 3.0"])
+def test_lines_of_a_csv_without_a_number(tmp_path, line):
+    (tmp_path / "x.csv").write_text(line)
+    listed = read_list(tmp_path / "x.csv")
+    assert listed.paths == [b"a, b.png" if "b.png" in line else b"a.png"] and not listed.bad
+    assert listed.labels == [3 if "3" in line else -1]
+
+
+def test_a_list_without_labels(root):
+    store = open_list(write_list(root, "\n".join(NAMES)), root)
+    assert len(store) == 4 and store.labels.tolist() == [-1] * 4
+    assert store.classes == () and store.notes == () and store.quarantined == ()
+
+
+def test_labels_that_are_names(root):
+    text = "filename,label\n" + "\n".join(
+        f"{name},{kind}" for name, kind in zip(NAMES, ("dog", "cat", "cat", ""), strict=True)
+    )
+    store = open_list(write_list(root, text, "x.csv"), root)
+    assert store.classes == ("cat", "dog") and store.labels.tolist() == [1, 0, 0, -1]
+    assert store.notes == (
+        "left out: the first line, as its header (filename,label)",
+        "unlabelled: 1 of the listed images (c/3.png)",
+    )
+
+
+def test_labels_of_several_words(root):
+    text = "\n".join(f'{name},"golden retriever"' for name in NAMES)
+    store = open_list(write_list(root, text, "x.csv"), root)
+    assert store.classes == ("golden retriever",) and store.quarantined == ()
+
+
+def test_names_that_no_file_can_have_are_bad(root):
+    text = "\n".join(f"{NAMES[i % 4]} 0" for i in range(40)) + "\nimg/\0.jpg 1"
+    store = open_list(write_list(root, text), root)
+    assert len(store) == 40
+    ((where, reason),) = store.quarantined
+    assert where == "line 41" and reason == "has a NUL in its name: img/\\x00.jpg"
+    assert "in doubt: 36 images listed before, each taken again" in store.notes[0]
+    images = [{"id": i, "file_name": NAMES[i % 4]} for i in range(40)]
+    images += [{"id": 40, "file_name": "img/\0.jpg"}, {"id": 41, "file_name": "\ud800.png"}]
+    path = inaturalist(root, images=images, annotations=[])
+    store = open_list(path, root)
+    assert len(store) == 40 and [name for name, _ in store.quarantined] == ["image 40", "image 41"]
+
+
+def test_utf_16_and_lines_that_begin_with_a_hash(root):
+    text = "\n".join([*(f"{name} 1" for name in NAMES), "# a comment", "#recycle/1.png 3"])
+    store = open_list(write_list(root, text.encode("utf-16")), root)
+    assert len(store) == 4
+    assert store.notes == ("left out: 1 line that begin with # (#recycle/1.png 3)",)
+
+
+def test_advice_that_brings_paths_and_files_together(root):
+    def refused(path, below=None):
+        with pytest.raises(DataError) as caught:
+            open_list(path, below)
+        return str(caught.value)
+
+    other = "\n".join(f"x/y/{name} 0" for name in NAMES)
+    assert "found without the 'x/y/' in front: remove it" in refused(write_list(root, other), root)
+    (root / "lists").mkdir()
+    deeper = root / "lists" / "list.txt"
+    deeper.write_text("\n".join(NAMES))
+    assert f"they are found below {root}: move {deeper} there" in refused(deeper)
+    assert f"below {root}, absolute ones as they are" in refused(write_list(root, "z.png"), root)
+
+
+def test_paths_that_begin_with_a_slash(root):
+    path = write_list(root, "\n".join(f"/{name} 0" for name in NAMES))
+    store = open_list(path, root)
+    assert len(store) == 4 and store.read(0) == (root / NAMES[0]).read_bytes()
+    assert store.notes[0].startswith("in doubt: 4 paths that begin with / are looked up below")
+    path = write_list(root, "\n".join(f"{root / name} 0" for name in NAMES), "other.txt")
+    assert open_list(path, root.parent / "images" / "a").notes == ()
+
+
+def test_images_listed_in_folders_of_a_nas_are_taken_in_doubt(root):
+    (root / "@eaDir").mkdir()
+    (root / NAMES[0]).rename(root / "@eaDir" / "1.png")
+    store = open_list(write_list(root, "@eaDir/1.png\n" + "\n".join(NAMES[1:])), root)
+    assert len(store) == 4 and "taken as listed (@eaDir/1.png)" in store.notes[0]

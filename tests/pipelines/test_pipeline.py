@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,32 @@ def test_broken_images_turn_grey_and_are_counted(tmp_path: Path) -> None:
     pipeline.close()
     assert [pipeline.store.name(row)[-6:] for row in bad] == ["07.jpg"]
     assert views.x.isfinite().all()
+
+
+def test_auto_says_why_it_is_not_ffcv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from byol_fast.evaluate.data import Subset
+    from pipelines import sources
+    from pipelines.conversion.betonwriter import BetonWriter
+    from pipelines.pipeline import choose_backend
+    from pipelines.stores import open_store
+
+    with open(tmp_path / "a.beton", "wb") as file:
+        writer = BetonWriter(file, 1, labelled=True)
+        writer.add(np.zeros((8, 9, 3), np.uint8), 8, 9, 0)
+        writer.finish()
+    store = Subset(open_store(tmp_path / "a.beton"), np.array([0]))
+    monkeypatch.setattr(sources, "ffcv_available", lambda: False)
+    with caplog.at_level(logging.INFO):
+        assert choose_backend("auto", store, torch.device("cpu")) == "torch"
+    assert "FFCV is not installed, so torch decodes the .beton" in caplog.text
+
+
+def test_a_selection_of_synthetic_images_is_synthetic() -> None:
+    from byol_fast.evaluate.data import spread
+    from pipelines.pipeline import choose_backend
+    from pipelines.stores import open_store
+
+    some = spread(open_store("synthetic:9"), 3)
+    assert choose_backend("auto", some, torch.device("cpu")) == "synthetic"

@@ -74,7 +74,7 @@ def test_folder_warns_of_what_it_leaves_out(
     assert store.quarantined == ((str(root / "a" / "x.png"), "an empty file"),)
     assert len(store) == 40
     assert "1 of 41 images cannot be used" in caplog.text
-    assert "void holds no images" in caplog.text
+    assert "1 folder without images, which are no classes (void)" in caplog.text
 
 
 def test_folder_with_a_file_deleted_or_replaced_while_running(tmp_path: Path) -> None:

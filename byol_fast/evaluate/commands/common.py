@@ -172,10 +172,12 @@ def open_labelled(args: argparse.Namespace) -> Labelled:
     from pipelines.stores import open_store
 
     root, test_root = args.root, args.test_root or args.root
-    return data.prepare(
+    labelled = data.prepare(
         open_store(args.data, root=root, verify=False),
         open_store(args.test_data, root=test_root, verify=False) if args.test_data else None,
     )
+    data.refuse_splits(labelled.classes, args.data)
+    return labelled
 
 
 def finish(

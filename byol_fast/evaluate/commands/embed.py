@@ -13,6 +13,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DIR", help="images: a folder, .beton, tar shards, .npz")
     add("folder", metavar="OUT", type=Path, help="folder for features.npy, names.txt, about.json")
+    add("--root", help="folder of the images that a list names; else the list's own")
     common.weights_flags(parser)
     add("--dtype", choices=["float32", "float16"], default="float32", help="of the file")
     add("--batch-size", type=int, default=256, help="images of one forward pass")
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from pipelines.stores import open_store
 
     network = common.open_network(args)
-    store = open_store(args.data, verify=False)
+    store = open_store(args.data, root=args.root, verify=False)
     cache = common.open_cache(args, network)
     done = embedding.embed(
         network.backbone,

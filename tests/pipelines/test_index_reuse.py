@@ -234,7 +234,7 @@ def test_other_formats_and_foreign_files_are_refused(tmp_path: Path) -> None:
     write()
     assert len(indexfile.load(path, root)) == 1
     write(format=indexfile.FORMAT + 1)
-    with pytest.raises(DataError, match="format 2"):
+    with pytest.raises(DataError, match="format 3"):
         indexfile.load(path, root)
     np.savez(path, **(arrays | {"sizes": np.zeros((5, 2), np.int32)}))
     with pytest.raises(DataError, match="do not fit"):

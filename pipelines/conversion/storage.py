@@ -9,9 +9,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipelines.decode import decode, header, is_plain_jpeg, sound
+from pipelines.decode import decode, header, is_plain_jpeg
 from pipelines.errors import BadImage
 from pipelines.formats.jpeg import SOI
+from pipelines.formats.jpeg_decode import sound
 from pipelines.stores import Images
 
 Mode: TypeAlias = Literal["jpeg", "lossless", "raw"]

@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingBackend as error:
         print(error, file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"out of memory ({error}): repeat with fewer --workers", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 128 + (signal.SIGTERM if interrupted else signal.SIGINT)

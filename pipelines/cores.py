@@ -30,7 +30,7 @@ def limit_torch_threads() -> None:
     """No more of torch's own threads than this rank has cores: it knows nothing of a quota, and
     threads that wait for each other at one core's pace lose the rest.
 
-    What OMP_NUM_THREADS says stands.
+    OMP_NUM_THREADS, where it is set, takes precedence.
     """
     import torch
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +27,11 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.errors import BadImage, MissingBackend
 from pipelines.formats import tiff
-from pipelines.formats.jpeg import EOI, Frame, jpeg_frame
-from pipelines.formats.jpeg_clean import cleaned, left_over, with_clean_header
+from pipelines.formats.jpeg import Frame, jpeg_frame
+from pipelines.formats.jpeg_clean import with_clean_header
+from pipelines.formats.jpeg_decode import decoded, decoded_top, sound
 from pipelines.formats.kinds import kind_of
 from pipelines.formats.png import SIGNATURE, pixel_chunks, png_size
-from pipelines.turbo import simplejpeg
 
 MAX_PIXELS = 178_956_970  # above it Pillow sees a decompression bomb: 0.5 GB as RGB
 
@@ -72,6 +71,21 @@ def is_plain_jpeg(data: bytes) -> bool:
     return frame is not None and frame.plain
 
 
+def plain_jpeg(data: bytes) -> bytes | None:
+    """The JPEG as any JPEG decoder gives the policy's pixels of it: `data` itself, or with a clean
+    header; None where it has to go through `decode`."""
+    if is_plain_jpeg(data):
+        return data
+    try:
+        frame = _frame(data)
+        if frame is None or frame.regular or not frame.fast:
+            return None
+        data = with_clean_header(data)
+    except BadImage:
+        return None
+    return data if is_plain_jpeg(data) else None
+
+
 def decode(data: bytes) -> npt.NDArray[np.uint8]:
     """RGB pixels, uint8 `[H, W, 3]`, contiguous and writable.
 
@@ -100,10 +114,10 @@ def decode_top(data: bytes, rows: int) -> tuple[npt.NDArray[np.uint8], int]:
         seen = rows + 1 if frame.block > 8 else rows
         enough = -(-seen // frame.block) * frame.block
         if frame.one_scan and enough < frame.height:
-            top = _turbo_top(data, frame, enough)
+            top = decoded_top(data, frame, enough)
             if top is not None:
                 return top, frame.height
-        return _turbo_whole(data), frame.height
+        return decoded(data), frame.height
     if frame is not None:
         data = sound(data)
     with _open(data) as image:
@@ -127,33 +141,6 @@ def verify(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def sound(data: bytes) -> bytes:
-    """A JPEG that was decoded strictly to its end: `data` itself, or without what is odd in it.
-
-    At 1/8 size in grey the entropy decoder, which finds the faults, still reads everything: 1190
-    images/s a core of 110 KB, 910 at full size.
-
-    Raises:
-        BadImage: pixels are missing or damaged. Of a sampling that libjpeg-turbo does not know
-            nothing is found.
-    """
-    frame = _frame(data)
-    assert frame is not None, "only a JPEG can be decoded strictly"
-    colours = "cmyk" if frame.components == 4 else "gray"
-
-    def complaint_of(jpeg: bytes) -> str | None:
-        try:
-            _turbo(jpeg, colours, smallest=True)
-        except ValueError as error:
-            unknown = not frame.fast and "subsampling" in str(error)
-            return None if unknown else str(error)
-        return None
-
-    if frame.regular and complaint_of(data) is None:
-        return data
-    return cleaned(data, complaint_of)
-
-
 def _frame(data: bytes) -> Frame | None:
     """The frame of a JPEG of a usable size; None where the data is no JPEG."""
     frame = jpeg_frame(data)
@@ -167,61 +154,6 @@ def _check_size(height: int, width: int) -> None:
         raise BadImage(f"an image of {height} x {width} pixels")
     if height * width > MAX_PIXELS:
         raise BadImage(f"{height} x {width} pixels are more than the limit of {MAX_PIXELS:,}")
-
-
-def _turbo(
-    data: bytes | bytearray,
-    colours: str,
-    *,
-    smallest: bool = False,
-    out: npt.NDArray[np.uint8] | None = None,
-) -> npt.NDArray[np.uint8]:
-    """libjpeg-turbo's pixels.
-
-    Raises:
-        ValueError: with its first warning, or its error.
-        MemoryError: there is too little memory.
-    """
-    # simplejpeg reduces the size only where a smallest height and width are given too
-    scale = {"min_factor": 8, "min_height": 1, "min_width": 1} if smallest else {}
-    try:
-        pixels = simplejpeg.decode_jpeg(data, colours, strict=True, buffer=out, **scale)
-    except ValueError as error:
-        if "nsufficient memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise
-    return cast("npt.NDArray[np.uint8]", pixels)
-
-
-def _turbo_whole(data: bytes) -> npt.NDArray[np.uint8]:
-    try:
-        return _turbo(data, "rgb")
-    except ValueError:
-        data = sound(data)
-    try:
-        return _turbo(data, "rgb")
-    except ValueError as error:
-        raise BadImage(f"corrupt JPEG: {error}") from error
-
-
-def _turbo_top(data: bytes, frame: Frame, rows: int) -> npt.NDArray[np.uint8] | None:
-    """The upper `rows` rows of a sequential JPEG, `rows` being whole blocks: the decoder is told
-    that the image ends there. None where only the whole can tell whether they are sound.
-
-    libjpeg names the first thing it met. Left-over data is what we expect, but only behind the last
-    row: with restart markers the data is cut there, so that none before a marker is expected.
-    """
-    end = frame.interval_end(data, rows)
-    if end is not None and data.find(EOI, end) < 0:
-        return None
-    shorter = bytearray(data if end is None else data[:end] + EOI)
-    shorter[frame.start + 5 : frame.start + 7] = rows.to_bytes(2, "big")
-    pixels = np.empty((rows, frame.width, 3), dtype=np.uint8)
-    try:
-        return _turbo(shorter, "rgb", out=pixels)
-    except ValueError as error:
-        found = left_over(str(error))
-        return pixels if found is not None and not 0xD0 <= found[1] <= 0xD7 else None
 
 
 @contextmanager

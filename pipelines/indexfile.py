@@ -25,7 +25,7 @@ from pipelines.scan import Bad, expanded, printable
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # raised whenever the meaning of a column changes; another format is rebuilt
+FORMAT = 2  # raised with the meaning of a column, or of a broken image; another is rebuilt
 
 _SUFFIX = ".index.npz"
 

@@ -76,7 +76,11 @@ def measure(
             if not waiting:
                 return sizes, bad
             start, task = waiting.popleft()
-            some, wrong = task.result()
+            try:
+                some, wrong = task.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # a dead disk would fail them all
+                raise
             sizes[start : start + len(some)] = some
             bad.update({start + offset: reason for offset, reason in wrong.items()})
             progress.advance(len(some))

@@ -8,9 +8,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from pipelines.decode import decode, header, is_plain_jpeg, sound
+from pipelines.decode import decode, header, is_plain_jpeg
 from pipelines.errors import BadImage
 from pipelines.formats.jpeg import SOI
+from pipelines.formats.jpeg_decode import sound
 from pipelines.stores import Images
 from pipelines.turbo import simplejpeg
 

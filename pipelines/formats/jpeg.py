@@ -178,3 +178,9 @@ def _frame_at(
         one_scan=sof in SEQUENTIAL_FRAMES and scanned == components,
         across=-(-width // (8 * wide)),
     )
+
+
+def has_end(jpeg: bytes) -> bool:
+    """Whether it has its end marker, which scans cannot contain. Truncation is the damage that
+    happens, and DALI checks no more than the header of what it gives to a GPU's JPEG engines."""
+    return jpeg.rfind(EOI, -64) >= 0

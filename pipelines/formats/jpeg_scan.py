@@ -29,7 +29,7 @@ def without_left_over(data: bytes) -> bytes | None:
     fall into step again, and the image is full before its data ends. Three things tell that from
     bytes that somebody put there: every code before them is valid, the bits that fill the last byte
     are all 1 (the standard's filling), and what is left over is a run of equal bytes, which begins
-    there, or does not read as blocks. Of 62 flips in 250 photographs that left bytes over, all
+    there, or does not read as blocks. Of 196 flips in 157 photographs that left bytes over, 194
     failed at one of them.
 
     None where it is damage.

@@ -28,8 +28,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipelines.decode import header, is_plain_jpeg
+from pipelines.decode import header, plain_jpeg
 from pipelines.errors import BadImage, MissingBackend
+from pipelines.formats.jpeg import has_end
 from pipelines.plan import Rows
 from pipelines.sources import FILL
 from pipelines.sources.dali_decode import Decoder, StreamClock, Trial, decoders
@@ -175,9 +176,10 @@ class DaliSource:
     def _load(self, row: int, trusted: bool) -> Bytes:
         data = self._reader.read(row)
         trusted = trusted and self._encoded and row not in self.bad
-        if trusted and isinstance(data, bytes) and is_plain_jpeg(data) and _is_whole(data):
-            self._reader.check_size(row, *header(data))
-            return np.frombuffer(self._reader.whole(row, data), dtype=np.uint8)
+        jpeg = plain_jpeg(data) if trusted and isinstance(data, bytes) else None
+        if jpeg is not None and has_end(jpeg):
+            self._reader.check_size(row, *header(jpeg))
+            return np.frombuffer(self._reader.whole(row, jpeg), dtype=np.uint8)
         return self._prepared(self._reader.pixels(row, data))
 
     def _prepared(self, pixels: Bytes) -> Bytes:
@@ -293,12 +295,6 @@ def _failures_of(graph: DaliGraph) -> Iterator[None]:
         yield
     except Exception as error:
         raise _Failure(graph, error) from error
-
-
-def _is_whole(jpeg: bytes) -> bool:
-    """Whether it has its end marker, which scans cannot contain. Truncation is the damage that
-    happens, and DALI checks no more than the header of what it gives to a GPU's JPEG engines."""
-    return jpeg.rfind(b"\xff\xd9", -64) >= 0
 
 
 def _numbered(device: torch.device) -> torch.device:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipelines.decode import header, is_plain_jpeg
+from pipelines.decode import header, plain_jpeg
 from pipelines.errors import BadImage, DataError, MissingBackend
 from pipelines.plan import Rows
 from pipelines.sources import FILL
@@ -108,11 +108,12 @@ class FfcvSource(TorchSource):
             BadImage: it cannot be read or decoded.
         """
         data = self._reader.read(row)
-        if isinstance(data, bytes) and is_plain_jpeg(data):
-            height, width = header(data)
+        jpeg = plain_jpeg(data) if isinstance(data, bytes) else None
+        if jpeg is not None:
+            height, width = header(jpeg)
             self._reader.check_size(row, height, width)
-            coded, room = np.frombuffer(data, np.uint8).ctypes.data, self._room(3 * height * width)
-            if self._cut(coded, len(data), height, width, shrink, room.ctypes.data, *target) == 0:
+            coded, room = np.frombuffer(jpeg, np.uint8).ctypes.data, self._room(3 * height * width)
+            if self._cut(coded, len(jpeg), height, width, shrink, room.ctypes.data, *target) == 0:
                 return
         # The rest is the image policy's: other formats, and what libjpeg complained of.
         image = np.ascontiguousarray(self._reader.pixels(row, data))

@@ -9,8 +9,9 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.decode import MAX_PIXELS, decode_top, sound
+from pipelines.decode import MAX_PIXELS, decode_top
 from pipelines.errors import BadImage, DataError
+from pipelines.formats.jpeg_decode import sound
 from pipelines.stores import Images, Store
 
 log = logging.getLogger(__name__)

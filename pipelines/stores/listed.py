@@ -30,7 +30,7 @@ from pipelines.stores.listfile import Listed, read_list
 log = logging.getLogger(__name__)
 
 _LOOKS = 20  # absolute paths of which one has to be there
-FORMAT = 2  # raised whenever the meaning of a column changes; another format is rebuilt
+FORMAT = 2  # raised with the meaning of a column, or of a broken image; another is rebuilt
 
 
 class ListStore:

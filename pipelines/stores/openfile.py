@@ -114,7 +114,7 @@ class OpenFile:
         try:
             fd = open_regular(os.fspath(self.path), os.O_RDONLY)
         except OSError:
-            return  # the next read tells
+            return  # the next read raises what is wrong
         info = os.fstat(fd)
         if (info.st_size, info.st_mtime_ns) == self._looks:
             os.dup2(fd, self.fd, inheritable=False)

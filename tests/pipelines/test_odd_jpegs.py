@@ -11,6 +11,7 @@ import pytest
 from pipelines import decode
 from pipelines.conversion.storage import Storage
 from pipelines.errors import BadImage
+from pipelines.formats import jpeg_decode
 from pipelines.sources import FILL
 from pipelines.sources.reader import Reader
 from pipelines.sources.torch_source import TorchSource
@@ -136,8 +137,19 @@ def test_what_is_converted_is_free_of_it(name: str, kind: str) -> None:
         np.testing.assert_array_equal(stored.data, decode.decode(jpeg(kind)))
         return
     assert stored.how == "copied" and isinstance(stored.data, bytes)
-    assert decode.is_plain_jpeg(stored.data) and decode.sound(stored.data) is stored.data
+    assert decode.is_plain_jpeg(stored.data) and jpeg_decode.sound(stored.data) is stored.data
     np.testing.assert_array_equal(decode.decode(stored.data), decode.decode(jpeg(kind)))
+
+
+@pytest.mark.parametrize(("name", "kind"), [each for each in ODD if each[1] == "baseline"])
+def test_other_decoders_get_a_jpeg_that_is_odd_nowhere_in_its_header(name: str, kind: str) -> None:
+    clean = decode.plain_jpeg(odd(name, kind))
+    assert clean is not None and decode.is_plain_jpeg(clean)
+    np.testing.assert_array_equal(decode.decode(clean), decode.decode(jpeg(kind)))
+    assert decode.plain_jpeg(jpeg(kind)) == jpeg(kind)
+    assert decode.plain_jpeg(scan_parameters(jpeg("rgb"))) is None
+    assert decode.plain_jpeg(scan_parameters(jpeg("cmyk"))) is None
+    assert decode.plain_jpeg(b"no JPEG") is None
 
 
 def tail_of_zeros(data: bytes) -> bytes:
@@ -197,7 +209,7 @@ def test_the_upper_rows_of_a_jpeg_with_restart_markers_need_no_more_of_it(
     def refuse(data: bytes) -> bytes:
         raise AssertionError("the whole was decoded")
 
-    monkeypatch.setattr(decode, "sound", refuse)
+    monkeypatch.setattr(jpeg_decode, "sound", refuse)
     for interval in (1, 3, 7, 10, 64):
         data = encoded(PHOTO, restart_marker_blocks=interval)
         for rows in (1, 20, 64, 100):
@@ -218,7 +230,7 @@ def test_flips_are_hardly_ever_taken_for_stuffing() -> None:
         except BadImage:
             refused += 1
         else:
-            assert decode.sound(bytes(data)) == bytes(data)
+            assert jpeg_decode.sound(bytes(data)) == bytes(data)
     assert refused > 20
 
 

@@ -17,6 +17,7 @@ import simplejpeg
 from pipelines import index, reading, scan
 from pipelines.conversion.runner import convert
 from pipelines.conversion.storage import Storage
+from pipelines.convert import main as convert_main
 from pipelines.errors import BadImage, DataError
 from pipelines.sources.torch_source import TorchSource
 from pipelines.stores import Store, open_store
@@ -291,5 +292,8 @@ def test_a_decoder_without_memory_condemns_no_image(
     with monkeypatch.context() as patch:
         patch.setattr(simplejpeg, "decode_jpeg", fails)
         assert index.main([str(data), "--verify"]) == 1
+        assert "out of memory" in capsys.readouterr().err
+        assert convert_main([str(data), str(tmp_path / "a.beton")]) == 1
     assert "out of memory" in capsys.readouterr().err
+    assert not (tmp_path / "a.beton").exists()
     assert index.main([str(data), "--verify"]) == 0

@@ -195,9 +195,13 @@ def _without_gaps(store: Store) -> tuple[Store, tuple[str, ...], Ids | None]:
     if len(present) == max(int(present[-1]) + 1, len(names)):
         return store, names or tuple(map(str, present)), None
     told = tuple(map(str, present))
-    labels = np.searchsorted(present, labels).astype(np.int32)
     # Without names it stays without: the split is then by file names alone.
-    whole = Subset(store, np.arange(len(store)), labels=labels, classes=told if names else ())
+    whole = Subset(
+        store,
+        np.arange(len(store)),
+        labels=np.searchsorted(present, labels),
+        classes=told if names else (),
+    )
     return whole, told, present
 
 

@@ -18,7 +18,6 @@ from byol_fast.evaluate.features import Features
 from byol_fast.evaluate.protocols import Protocol
 from byol_fast.export import write_atomically
 from byol_fast.optim import LARS
-from byol_fast.schedules import learning_rate
 
 
 class HeadTrainer:
@@ -39,11 +38,11 @@ class HeadTrainer:
         nn.init.zeros_(self.head.bias)
         self.head.to(device)
         self._optimizer = _optimizer(self.head, protocol)
-        self._peak, self._total, self._step = protocol.peak_lr, total, 0
+        self._protocol, self._total, self._step = protocol, total, 0
         self._losses: list[Tensor] = []
 
     def step(self, features: Tensor, labels: Tensor) -> None:
-        rate = learning_rate(self._step, peak=self._peak, warmup_steps=0, total_steps=self._total)
+        rate = self._protocol.learning_rate(self._step, self._total)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         loss = F.cross_entropy(self.head(features.float()), labels)
@@ -78,7 +77,7 @@ class HeadTrainer:
         if not all(bool(torch.isfinite(p).all()) for p in self.head.parameters()):
             raise ValueError(
                 f"the classifier's weights are not finite after {self._step} steps at lr "
-                f"{self._peak:g}: use a lower --base-lr"
+                f"{self._protocol.peak_lr:g}: use a lower --base-lr"
             )
         return self.head.cpu()
 

@@ -127,7 +127,8 @@ def vote(
     # A column for each class that occurs, in their order: numbers may be those of taxa or products.
     present, labels = torch.unique(labels.cpu(), return_inverse=True)
     votes = torch.zeros(len(scores), len(present), dtype=torch.float64)
-    return torch.take(present, votes.scatter_add_(1, labels, weights).argmax(dim=1))
+    winners: Tensor = present[votes.scatter_add_(1, labels, weights).argmax(dim=1)]
+    return winners
 
 
 def raw_pixel_features(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from byol_fast.schedules import learning_rate
 from pipelines.spec import Semantics
 
 
@@ -19,6 +20,7 @@ class Protocol:
     base_lr: float  # per 256 images: the peak is base_lr * batch_size / 256, then a cosine to 0
     momentum: float = 0.9
     semantics: Semantics = "deepmind"  # of the random crop
+    by_epoch: bool = False  # the cosine falls after each epoch, not at every step
     cached: bool = False  # train on stored centre-crop features: fast, and no published protocol
 
     def __post_init__(self) -> None:
@@ -32,11 +34,18 @@ class Protocol:
     def peak_lr(self) -> float:
         return self.base_lr * self.batch_size / 256
 
+    def learning_rate(self, step: int, total: int) -> float:
+        """The rate of step `step` of `total`."""
+        if self.by_epoch:
+            step, total = step * self.epochs // total, self.epochs
+        return learning_rate(step, peak=self.peak_lr, warmup_steps=0, total_steps=total)
+
     def arithmetic(self) -> str:
         """The recipe in one line, for the output."""
+        unit = "epoch" if self.by_epoch else "step"
         return (
             f"{self.optimizer}, {self.epochs} epochs, lr {self.peak_lr:g} = "
-            f"{self.base_lr:g} × {self.batch_size}/256, cosine per step"
+            f"{self.base_lr:g} × {self.batch_size}/256, cosine per {unit}"
         )
 
 
@@ -51,5 +60,6 @@ MMPRETRAIN = Protocol(
     batch_size=4096,
     base_lr=0.1,
     semantics="torchvision",
+    by_epoch=True,
 )
 QUICK = Protocol(name="quick", optimizer="sgd", epochs=20, batch_size=256, base_lr=0.1, cached=True)

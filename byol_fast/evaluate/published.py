@@ -1,15 +1,24 @@
-"""Figures published for BYOL with a ResNet-50 pretrained on ImageNet-1k, in percent.
+"""Figures published for BYOL, in percent, by the project that measured them.
 
-Sources: the paper (arXiv 2006.07733), mmpretrain's and OpenMixup's pages on BYOL. OpenMixup's rows
-are its 200-epoch run (batch 4096); its "300-epoch" ImageNet row repeats another project's 200-epoch
-run, so it is not used here.
+Most are of a ResNet-50 pretrained on ImageNet-1k: the paper's (arXiv 2006.07733), mmpretrain's
+linear accuracy, and MMSelfSup's byol_resnet50_8xb32-accum16-coslr-200e. OpenMixup's page repeats
+MMSelfSup's figures; the accuracies of Feature1 to Feature5 on ImageNet are its own (its 200-epoch
+run; its "300-epoch" row repeats another project's 200-epoch run and is not used). CIFAR-10's are of
+a ResNet-18 with a 3×3 stem on 32 pixels, by lightly and solo-learn.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 KNN_TEMPERATURE = 0.07
+USUAL = "ResNet-50 pretrained on ImageNet-1k"
+SMALL = "ResNet-18 (3×3 stem, 32 pixels) pretrained on CIFAR-10"
+
+DATASETS = ("imagenet", "cifar10")  # that figures of knn, linear, mhead and semi are of
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_SHORTER = {"plane": "airplane", "car": "automobile"}  # as many folders of it are named
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,16 @@ class Published:
     by: str
     metric: str = "top-1"
     on: str = "ImageNet-1k"
+    network: str = USUAL
+
+
+def dataset_of(classes: tuple[str, ...]) -> str | None:
+    """Which of `DATASETS` has these classes: ImageNet-1k's 1000 synsets (or numbers, which lists
+    of it have), CIFAR-10's ten names."""
+    if len(classes) == 1000 and all(re.fullmatch(r"n\d{8}|\d{1,3}", name) for name in classes):
+        return "imagenet"
+    names = {_SHORTER.get(name.lower(), name.lower()) for name in classes}
+    return "cifar10" if names == set(_CIFAR10.split()) else None
 
 
 LINEAR = {
@@ -28,29 +47,38 @@ LINEAR = {
     "mmpretrain": Published(71.80, 200, "mmpretrain"),
 }
 KNN = {  # k -> figure, at KNN_TEMPERATURE
-    10: Published(63.9, 200, "mmpretrain"),
-    20: Published(64.2, 200, "mmpretrain"),
-    100: Published(62.9, 200, "mmpretrain"),
-    200: Published(61.9, 200, "mmpretrain"),
+    k: Published(value, 200, "MMSelfSup")
+    for k, value in {10: 63.9, 20: 64.2, 100: 62.9, 200: 61.9}.items()
 }
 
 
-def _openmixup(value: float, metric: str, on: str) -> Published:
-    return Published(value, 200, "OpenMixup", metric, on)
+def _cifar10(value: float, epochs: int, by: str) -> Published:
+    return Published(value, epochs, by, on="CIFAR-10", network=SMALL)
+
+
+CIFAR10_KNN = (  # k 200, temperature .1
+    _cifar10(86.9, 200, "lightly, batch 128"),
+    _cifar10(86.8, 200, "lightly, batch 512"),
+    _cifar10(91.0, 800, "lightly, batch 512"),
+)
+CIFAR10_KNN_K, CIFAR10_KNN_TEMPERATURE = 200, 0.1
+CIFAR10_LINEAR = _cifar10(92.58, 1000, "solo-learn")
+
+
+def _mmselfsup(value: float, metric: str, on: str) -> Published:
+    return Published(value, 200, "MMSelfSup", metric, on)
 
 
 # Features of the stem and of the four stages, each with a linear classifier.
 MHEAD = {
-    "imagenet": tuple(
-        _openmixup(v, "top-1", "ImageNet-1k") for v in (15.16, 35.26, 47.77, 63.10, 71.21)
-    ),
+    "imagenet": tuple(Published(v, 200, "OpenMixup") for v in (15.16, 35.26, 47.77, 63.10, 71.21)),
     "places205": tuple(
-        _openmixup(v, "top-1", "Places205") for v in (21.25, 36.55, 43.66, 50.74, 53.82)
+        _mmselfsup(v, "top-1", "Places205") for v in (21.25, 36.55, 43.66, 50.74, 53.82)
     ),
 }
-SVM = _openmixup(86.31, "mAP", "VOC07")
+SVM = _mmselfsup(86.31, "mAP", "VOC07")
 LOW_SHOT = {  # images a class -> figure
-    k: _openmixup(v, "mAP", "VOC07")
+    k: _mmselfsup(v, "mAP", "VOC07")
     for k, v in {
         **{1: 45.37, 2: 56.83, 4: 68.47, 8: 74.12, 16: 78.30, 32: 81.53},
         **{64: 83.56, 96: 84.73},
@@ -78,16 +106,16 @@ SEMI = {  # share of the labels -> figure
     0.01: Published(53.2, 1000, "BYOL paper, table 2"),
     0.10: Published(68.8, 1000, "BYOL paper, table 2"),
 }
-VOC_DETECTION = _openmixup(80.35, "AP50", "VOC07 test")
+VOC_DETECTION = _mmselfsup(80.35, "AP50", "VOC07 test")
 COCO_BOX = tuple(
-    _openmixup(value, metric, "COCO val2017")
+    _mmselfsup(value, metric, "COCO val2017")
     for value, metric in ((40.9, "box AP"), (61.0, "box AP50"), (44.6, "box AP75"))
 )
 COCO_MASK = tuple(
-    _openmixup(value, metric, "COCO val2017")
+    _mmselfsup(value, metric, "COCO val2017")
     for value, metric in ((36.8, "mask AP"), (58.1, "mask AP50"), (39.5, "mask AP75"))
 )
-VOC_SEGMENTATION = _openmixup(67.16, "mIoU", "VOC12 val")
+VOC_SEGMENTATION = _mmselfsup(67.16, "mIoU", "VOC12 val")
 
 
 def _fine_tuned(value: float, on: str, metric: str = "top-1") -> Published:

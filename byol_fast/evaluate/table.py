@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from byol_fast.evaluate.published import Published
+from byol_fast.evaluate.published import USUAL, Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,12 @@ def render_all(lines: list[tuple[Row, str, str]]) -> str:
     widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
     text = [_line(head, widths), _line(tuple("─" * w for w in widths), widths)]
     text += [_line(line, widths) for line in body]
-    if any(row.published for row, _, _ in lines):
-        text.append(
-            "* BYOL with a ResNet-50 pretrained on ImageNet-1k for the epochs given, on the data "
-            "named (ImageNet-1k unless said): a yardstick for that data alone"
-        )
+    networks = dict.fromkeys(row.published.network for row, _, _ in lines if row.published)
+    text += [
+        f"* BYOL with a {network} for the epochs given, on the data named (ImageNet-1k unless "
+        "said): a yardstick for that data alone"
+        for network in networks
+    ]
     return "\n".join(text)
 
 
@@ -69,7 +70,8 @@ def percent(share: float) -> str:
 
 def _published(figure: Published) -> str:
     on = "" if figure.on == "ImageNet-1k" else f" on {figure.on}"
-    return f"{figure.metric} {figure.value:g}{on} ({figure.by}, {figure.epochs} epochs)"
+    other = "" if figure.network == USUAL else f"{figure.network.partition(' ')[0]}, "
+    return f"{figure.metric} {figure.value:g}{on} ({figure.by}, {other}{figure.epochs} epochs)"
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

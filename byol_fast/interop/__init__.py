@@ -15,3 +15,7 @@ def __getattr__(name: str) -> Any:
     if name == "load_byol":
         return importlib.import_module("byol_fast.interop.state").load_byol
     raise AttributeError(f"module 'byol_fast.interop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,11 +6,11 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 
 from pipelines.errors import BadImage
 from pipelines.formats.jpeg import EOI, Frame, jpeg_frame
 from pipelines.formats.jpeg_clean import cleaned, left_over
+from pipelines.turbo import simplejpeg
 
 
 def sound(data: bytes) -> bytes:

@@ -83,11 +83,12 @@ def result_of(weights):
 
 
 def test_knn_prints_a_table_and_writes_the_result(weights, data, capsys):
-    assert run("knn", "--weights", weights.parent.parent, "--data", data) == Exit.DONE
+    words = ("--weights", weights.parent.parent, "--data", data, "--dataset", "imagenet")
+    assert run("knn", *words) == Exit.DONE
     out = capsys.readouterr().out
     lines = {line.split("k=")[1].split()[0]: line for line in out.splitlines() if "k=" in line}
     assert list(lines) == ["10", "20", "100", "200"]
-    assert "top-1 64.2 (mmpretrain, 200 epochs)" in lines["20"] and "63.9" in lines["10"]
+    assert "top-1 64.2 (MMSelfSup, 200 epochs)" in lines["20"] and "63.9" in lines["10"]
     assert "all 48 there are" in lines["100"] and "62.9" not in lines["100"]
     assert "ResNet-50 pretrained on ImageNet-1k" in out
     assert "tested on 12 images, a held-out 20% of --data" in out
@@ -105,22 +106,52 @@ def test_knn_prints_a_table_and_writes_the_result(weights, data, capsys):
 
 
 def test_another_temperature_has_no_published_figure(weights, data, capsys):
-    words = ("--weights", weights, "--data", data, "--k", 20, "--temperature", 0.1)
-    assert run("knn", *words) == Exit.DONE
+    words = ("--weights", weights, "--data", data, "--k", 20, "--dataset", "imagenet")
+    assert run("knn", *words, "--temperature", 0.5) == Exit.DONE
     assert "published *" in (out := capsys.readouterr().out) and "64.2" not in out
+    result = result_of(weights)
+    assert result["published_protocol"] is False
+    assert "T 0.5 instead of 0.07" in result["differs"]
+    assert "images of 32 pixels instead of 224" in result["differs"]
+
+
+def test_figures_of_imagenet_stand_beside_imagenet_alone(weights, data, capsys):
+    words = ("--weights", weights, "--data", data)
+    assert run("knn", *words, "--k", 20) == Exit.DONE
+    assert run("linear", *words, "--epochs", 1, "--batch-size", 24) == Exit.DONE
+    out = capsys.readouterr().out
+    assert "64.2" not in out and "74.3" not in out and "yardstick" not in out
+
+
+def test_cifar10_has_yardsticks_of_its_own(weights, tmp_path, capsys):
+    names = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())  # noqa: SIM905
+    root = class_folders(tmp_path / "cifar", 25, names=names)
+    words = ("--weights", weights, "--data", root, "--image-size", 16)
+    assert run("knn", *words, "--k", 20, 200) == Exit.DONE
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if "k=200" in line and line.startswith("kNN")]
+    assert "top-1 86.9 on CIFAR-10 (lightly, batch 128, ResNet-18, 200 epochs)" in row
+    assert "–" in next(line for line in lines if "k=20 " in line)  # lightly has k=200 alone
+    assert any("91.0 (lightly, batch 512, 800 epochs)" in line for line in lines)
+    assert any("ResNet-18 (3×3 stem, 32 pixels) pretrained on CIFAR-10" in line for line in lines)
+    assert not any("ImageNet-1k for" in line for line in lines)
+    assert "T 0.07 instead of 0.1" in result_of(weights)["differs"]
+    assert run("linear", *words, "--epochs", 1, "--batch-size", 50) == Exit.DONE
+    assert "top-1 92.58 on CIFAR-10 (solo-learn, ResNet-18, 1000" in capsys.readouterr().out
 
 
 def test_linear_with_a_test_folder_of_other_numbering(weights, data, held_out, capsys, tmp_path):
     out = tmp_path / "results" / "linear.json"
     changes = ("--epochs", 6, "--batch-size", 30, "--base-lr", 4)
     words = ("--weights", weights, "--data", data, "--test-data", held_out, "--out", out)
-    assert run("linear", *words, *changes) == Exit.DONE
+    assert run("linear", *words, *changes, "--dataset", "imagenet") == Exit.DONE
     text, result = capsys.readouterr().out, json.loads(out.read_text())
     assert "linear, paper with epochs 6, batch 30, base lr 4" in text
     assert "top-1 74.3 (BYOL paper, table 1, 1000 epochs)" in text
     assert "best of five rates" in text and "tested on the 12 images of the test set" in text
     assert result["top1"] == 1.0 and result["top5"] == 1.0
     assert result["published_protocol"] is False
+    assert result["differs"][:3] == ["epochs 6", "batch size 30", "base lr 4.0"]
     assert result["protocol"]["peak_lr"] == pytest.approx(4 * 30 / 256)
     head = safetensors.torch.load_file(tmp_path / "results" / "linear.head.safetensors")
     assert head["weight"].shape == (3, 512) and head["bias"].shape == (3,)
@@ -138,8 +169,12 @@ def test_quick_says_that_it_is_no_protocol(weights, data, capsys):
 
 def test_mmpretrain_shows_its_own_figure(weights, data, capsys):
     changes = ("--protocol", "mmpretrain", "--epochs", 1, "--batch-size", 24)
-    assert run("linear", "--weights", weights, "--data", data, *changes) == Exit.DONE
-    text = capsys.readouterr().out
+    words = ("--weights", weights, "--data", data, "--dataset", "imagenet")
+    assert run("linear", *words, *changes) == Exit.DONE
+    text, result = capsys.readouterr().out, result_of(weights)
+    assert "cosine per epoch" in result["arithmetic"] and not result["published_protocol"]
+    assert any("there bilinearly" in line for line in result["differs"])
+    assert any("resized to 256" in line for line in result["differs"])
     assert "top-1 71.8 (mmpretrain, 200 epochs)" in text and "lars, 1 epochs, lr" in text
     assert "best of five" not in text
 
@@ -317,14 +352,14 @@ def test_the_table_lines_up():
 
 def test_results_come_back_as_one_table(weights, data, capsys):
     words = ("--weights", weights, "--data", data)
-    assert run("knn", *words, "--k", 5, 20) == Exit.DONE
+    assert run("knn", *words, "--k", 5, 20, "--dataset", "imagenet") == Exit.DONE
     assert run("linear", "--quick", *words) == Exit.DONE
     (weights.parent / "other.json").write_text("{}")
     capsys.readouterr()
     assert main(["table", str(weights.parent)]) == Exit.DONE
     out = capsys.readouterr().out
     assert "k=5" in out and "k=20" in out and "quick" in out and "top-5 %" in out
-    assert "64.2 (mmpretrain, 200 epochs)" in out and out.count("/train") == 3
+    assert "64.2 (MMSelfSup, 200 epochs)" in out and out.count("/train") == 3
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_mhead_on_places_lists_is_shown_beside_its_figures(run, data, capsys):
     assert code == Exit.DONE and result["protocol"]["from_square"]
     lines = [line for line in text.splitlines() if line.startswith("mhead Feature")]
     for line, figure in zip(lines, ("21.25", "36.55", "43.66", "50.74", "53.82"), strict=True):
-        assert f"top-1 {figure} on Places205 (OpenMixup, 200 epochs)" in line
+        assert f"top-1 {figure} on Places205 (MMSelfSup, 200 epochs)" in line
 
 
 def test_semi_with_a_list_of_names(run, data, tmp_path, capsys):

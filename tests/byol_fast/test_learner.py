@@ -1,6 +1,7 @@
 """BYOL around any network, used as byol-pytorch is; and the views it makes."""
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -169,9 +170,9 @@ def test_what_is_no_image() -> None:
         view(images())
 
 
-def test_the_package_lists_what_it_exports():
+@pytest.mark.parametrize("name", ["byol_fast", "byol_fast.interop", "pipelines"])
+def test_a_package_lists_what_it_exports(name):
     """Completion in a shell and in editors asks `dir`; a star import asks `__all__`."""
-    import byol_fast
-
-    assert set(byol_fast.__all__) <= set(dir(byol_fast))
-    assert all(hasattr(byol_fast, name) for name in dir(byol_fast))
+    package = importlib.import_module(name)
+    assert set(package.__all__) <= set(dir(package))
+    assert all(hasattr(package, each) for each in dir(package))

@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines import convert, decode, index, turbo
 from pipelines.conversion import storage
 from pipelines.errors import MissingBackend
+from pipelines.formats import jpeg_decode
 
 WORDS = "simplejpeg is not installed (no module); pip install simplejpeg"
 
@@ -21,7 +22,7 @@ WORDS = "simplejpeg is not installed (no module); pip install simplejpeg"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One image, and no simplejpeg."""
     missing = turbo._Missing(ImportError("no module"))
-    for module in (decode, storage):
+    for module in (jpeg_decode, storage):
         monkeypatch.setattr(module, "simplejpeg", missing)
     (tmp_path / "images").mkdir()
     Image.new("RGB", (20, 30)).save(tmp_path / "images" / "one.jpg")

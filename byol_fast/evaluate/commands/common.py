@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byol_fast.evaluate import record
+from byol_fast.evaluate import published, record
 from byol_fast.evaluate.table import Row, render
 
 if TYPE_CHECKING:
@@ -69,6 +69,18 @@ def cache_flags(parser: argparse.ArgumentParser) -> None:
 def quick_flag(parser: argparse.ArgumentParser) -> None:
     """A short run for trying."""
     parser.add_argument("--quick", action="store_true", help="a short run; not the protocol")
+
+
+def dataset_flag(parser: argparse.ArgumentParser) -> None:
+    """Which published figures stand beside the result."""
+    add = parser.add_argument
+    add("--dataset", choices=published.DATASETS, help="its figures; else by the class names")
+
+
+def dataset_of(args: argparse.Namespace, labelled: Labelled) -> str | None:
+    """The data set that published figures are looked up for; None where it is not known."""
+    named: str | None = args.dataset
+    return named or published.dataset_of(labelled.classes)
 
 
 def out_flag(parser: argparse.ArgumentParser) -> None:

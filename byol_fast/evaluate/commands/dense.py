@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from byol_fast.evaluate import record
+from byol_fast.evaluate import differs, record
 from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.dense.recipes import PUBLISHED, Recipe
 from byol_fast.evaluate.published import Published
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from byol_fast.evaluate.dense.loop import Trained
 
 R = TypeVar("R", bound=Recipe)
+
+_SMOOTH = "box losses are smooth L1 with beta 1/9; there L1"
+_DIFFERENCES = {
+    "voc": [_SMOOTH, "images are resized without antialiasing; there with it"],
+    "coco": [_SMOOTH, "90,000 iterations; there 12 epochs (87,960 iterations)"],
+    "voc12aug": [],
+    "cityscapes": [],
+}
 
 
 def flags(parser: argparse.ArgumentParser, protocols: dict[str, R], data: str) -> None:
@@ -67,14 +75,21 @@ def title(args: argparse.Namespace, base: Recipe) -> str:
 
 
 def published(args: argparse.Namespace, key: str) -> Published | None:
-    """The figure of `recipes.PUBLISHED` to stand beside; none beside a quick try."""
-    return None if args.quick else PUBLISHED.get(key)
+    """The figure of `recipes.PUBLISHED` to stand beside; none for a quick try or other tests."""
+    return None if args.quick or args.test_set else PUBLISHED.get(key)
 
 
-def is_published(args: argparse.Namespace) -> bool:
-    """Whether the protocol is left as it was published."""
-    changes = (args.iterations, args.batch_size, args.lr, args.train_sets, args.test_set)
-    return not args.quick and all(value is None for value in changes)
+def differences(args: argparse.Namespace, network: common.Network) -> list[str]:
+    """From the published protocol; see docs/evaluation_dense.md."""
+    asked = {"iterations": args.iterations, "batch size": args.batch_size, "lr": args.lr}
+    asked |= {"training sets": args.train_sets, "test set": args.test_set}
+    on_gpu = network.device.type == "cuda"
+    return [
+        *([differs.QUICK] if args.quick else []),
+        *differs.settings(asked),
+        *_DIFFERENCES[args.protocol],
+        *(["trained in bf16; there in fp32"] if on_gpu else []),
+    ]
 
 
 def training(

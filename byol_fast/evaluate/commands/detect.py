@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from byol_fast.evaluate import record
+from byol_fast.evaluate import differs, record
 from byol_fast.evaluate.commands import common, dense
 from byol_fast.evaluate.dense import recipes
 from byol_fast.evaluate.table import Row
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     )
     result: dict[str, Any] = {
         "protocol": {**asdict(recipe), "seed": args.seed},
-        "published_protocol": dense.is_published(args),
+        **differs.record(dense.differences(args, network)),
         **outcome.figures,
         "by_class": outcome.by_class,
         **dense.trained(outcome.trained, outcome.test_images_per_second),

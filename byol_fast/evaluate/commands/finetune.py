@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from byol_fast.evaluate import published, recipes
+from byol_fast.evaluate import differs, published, recipes
 from byol_fast.evaluate.commands import choosing, common, training
 from byol_fast.evaluate.table import Row
 
@@ -59,10 +59,7 @@ def run(args: argparse.Namespace) -> None:
             )
             result = {
                 "protocol": training.protocol(recipe),
-                "published_protocol": args.grid
-                and not (
-                    args.quick or args.steps or args.batch_size or args.lr or args.weight_decay
-                ),
+                **differs.record(_differences(args, network)),
                 "chosen_from": tried,
                 "dataset": args.dataset,
                 "metric": metric,
@@ -74,6 +71,20 @@ def run(args: argparse.Namespace) -> None:
             }
             saved = f"{recipe.arithmetic()}; saved as {result['backbone']}"
             job.finish(outcome, result, [row], [saved, _choice(len(tried))])
+
+
+def _differences(args: argparse.Namespace, network: common.Network) -> list[str]:
+    """From the paper's fine-tuning."""
+    asked = {"steps": args.steps, "batch size": args.batch_size, "lr": args.lr}
+    asked |= {"weight decay": args.weight_decay}
+    grid = [] if args.grid else ["one rate and one decay; the paper takes the best of a grid"]
+    return [
+        *([differs.QUICK] if args.quick else []),
+        *differs.settings(asked),
+        *grid,
+        differs.ANTIALIASED,
+        *differs.size(network.image_size),
+    ]
 
 
 def _title(args: argparse.Namespace, recipe: recipes.Recipe) -> str:

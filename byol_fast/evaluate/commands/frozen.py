@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byol_fast.evaluate import record
+from byol_fast.evaluate import differs, record
 from byol_fast.evaluate.commands import common
 from pipelines.errors import DataError
 
@@ -137,6 +137,14 @@ class Frozen:
     def as_published(self) -> bool:
         """Whether the features are the benchmark's: not with --quick, and of ResNets alone."""
         return self.corners and not self.args.quick
+
+    def differences(self) -> list[str]:
+        """From the SVM benchmark on VOC07."""
+        if self.args.quick:
+            return [differs.QUICK]
+        own = [] if self.corners else ["the network's own features instead of four averages each"]
+        elsewhere = [] if self.multi else ["on other images than VOC07's"]
+        return [*own, *elsewhere, differs.WHOLE, *differs.size(self.network.image_size)]
 
     def bad(self) -> dict[str, Named]:
         """The images that could not be decoded, by what they were for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from byol_fast.evaluate import published, record
+from byol_fast.evaluate import differs, published, record
 from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.table import Row
 
@@ -18,6 +18,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     common.data_flags(parser)
     common.cache_flags(parser)
     common.quick_flag(parser)
+    common.dataset_flag(parser)
     add = parser.add_argument
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
     add("--temperature", type=float, default=published.KNN_TEMPERATURE, help="T of exp(s / T)")
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         device=network.device,
     )
-    usual = args.temperature == published.KNN_TEMPERATURE and not args.quick
+    dataset = None if args.quick else common.dataset_of(args, labelled)
     rate = common.rate_of(bank, queries)
     whole = f" (all {len(bank.ids)} there are)"
     protocol = f"kNN, T={args.temperature:g}"
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             protocol=f"{protocol}, k={k}{whole if k > len(bank.ids) else ''}",
             figures={"top-1": accuracy},
             images_per_second=rate,
-            published=published.KNN.get(k) if usual and k <= len(bank.ids) else None,
+            published=_published(dataset, k, args.temperature) if k <= len(bank.ids) else None,
         )
         for k, accuracy in at_k.items()
     ]
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     }
     result: dict[str, Any] = {
         "protocol": {"name": "knn", "k": args.k, "temperature": args.temperature},
-        "published_protocol": not args.quick,
+        **differs.record(_differences(args, dataset, network)),
         "top1": {str(k): accuracy for k, accuracy in at_k.items()},
         "images_per_second": rate,
         "images": {"train": len(bank.ids), "test": len(queries.ids)},
@@ -87,4 +88,36 @@ def run(args: argparse.Namespace) -> None:
         *undecodable.notes(**bad),
         *common.from_cache(bank, queries),
     ]
+    if dataset == "cifar10":
+        figures = ", ".join(f"{f.value} ({f.by}, {f.epochs} epochs)" for f in published.CIFAR10_KNN)
+        notes.append(
+            f"published for CIFAR-10 with a ResNet-18 at k={published.CIFAR10_KNN_K}, "
+            f"T={published.CIFAR10_KNN_TEMPERATURE:g} on whole images: {figures}"
+        )
     common.finish(args, where, record.provenance(args, network, labelled), result, rows, notes)
+
+
+def _published(dataset: str | None, k: int, temperature: float) -> published.Published | None:
+    if dataset == "imagenet" and temperature == published.KNN_TEMPERATURE:
+        return published.KNN.get(k)
+    if dataset == "cifar10" and k == published.CIFAR10_KNN_K:
+        return published.CIFAR10_KNN[0]
+    return None
+
+
+def _differences(
+    args: argparse.Namespace, dataset: str | None, network: common.Network
+) -> list[str]:
+    """From MMSelfSup's kNN, or from lightly's on CIFAR-10."""
+    quick = [differs.QUICK] if args.quick else []
+    if dataset == "cifar10":
+        usual, ks = published.CIFAR10_KNN_TEMPERATURE, [published.CIFAR10_KNN_K]
+        shown = ["test images are cut (.875 of the side) and resized; there they are shown whole"]
+    else:
+        usual, ks = published.KNN_TEMPERATURE, sorted(published.KNN)
+        shown = [differs.ONE_RESIZE, *differs.size(network.image_size)]
+    if args.temperature != usual:
+        quick.append(f"T {args.temperature:g} instead of {usual:g}")
+    if others := [k for k in args.k if k not in ks]:
+        quick.append(f"k {', '.join(map(str, others))}: published are {', '.join(map(str, ks))}")
+    return quick + shown

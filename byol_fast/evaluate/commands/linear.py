@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byol_fast.evaluate import protocols, published, record
+from byol_fast.evaluate import differs, protocols, published, record
 from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.table import Row
 
@@ -25,6 +25,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     common.weights_flags(parser)
     common.data_flags(parser)
     common.cache_flags(parser)
+    common.dataset_flag(parser)
     add = parser.add_argument
     add("--protocol", choices=["paper", "mmpretrain"], default="paper", help="the recipe")
     add("--quick", action="store_true", help="a check on cached centre crops; no protocol")
@@ -69,11 +70,11 @@ def run(args: argparse.Namespace) -> None:
         protocol=QUICK_LABEL if protocol.cached else f"linear, {protocol.name}{changed}",
         figures={"top-1": outcome.top1, "top-5": outcome.top5},
         images_per_second=outcome.images_per_second or None,  # 0: nothing was computed now
-        published=published.LINEAR.get(protocol.name),
+        published=_published(protocol.name, common.dataset_of(args, labelled)),
     )
     result = {
         "protocol": {**asdict(outcome.protocol), "peak_lr": outcome.protocol.peak_lr},
-        "published_protocol": not (protocol.cached or changed),
+        **differs.record(_differences(args, network)),
         "arithmetic": outcome.protocol.arithmetic(),
         "top1": outcome.top1,
         "top5": outcome.top5,
@@ -97,6 +98,23 @@ def run(args: argparse.Namespace) -> None:
         )
     common.finish(args, where, record.provenance(args, network, labelled), result, [row], notes)
     resume.clear()
+
+
+def _published(protocol: str, dataset: str | None) -> published.Published | None:
+    if dataset == "cifar10" and protocol in published.LINEAR:
+        return published.CIFAR10_LINEAR
+    return published.LINEAR.get(protocol) if dataset == "imagenet" else None
+
+
+def _differences(args: argparse.Namespace, network: common.Network) -> list[str]:
+    """From the paper's or from mmpretrain's linear evaluation on ImageNet."""
+    asked = {"epochs": args.epochs, "batch size": args.batch_size, "base lr": args.base_lr}
+    here = {
+        "paper": [differs.ANTIALIASED],
+        "mmpretrain": [differs.BILINEAR, differs.ONE_RESIZE],
+    }[args.protocol]
+    first = [differs.QUICK] if args.quick else []
+    return [*first, *differs.settings(asked), *here, *differs.size(network.image_size)]
 
 
 def _resume(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from byol_fast.evaluate import published, record
+from byol_fast.evaluate import differs, published, record
 from byol_fast.evaluate.commands import common, frozen
 from byol_fast.evaluate.table import Row
 from pipelines.errors import DataError
@@ -57,12 +57,12 @@ def run(args: argparse.Namespace) -> None:
         parts=opened.parts(protocol="lowshot", costs=costs, samples=samples, seed=args.seed),
         progress=True,
     )
-    as_published = opened.as_published and samples == lowshot.SAMPLES
+    as_published = opened.as_published and opened.multi and samples == lowshot.SAMPLES
     rate = common.rate_of(train, test)
     described = {"costs": costs, "samples": samples, "seed": args.seed, **opened.described()}
     result = {
         "protocol": {"name": "lowshot", "k": shots, **described},
-        "published_protocol": as_published,
+        **differs.record([*opened.differences(), *_differences(args, samples)]),
         "cost_chosen_by": "mean AP on the training images of the other samples",
         "k": {str(each.k): _described(each) for each in outcomes},
         "images": {"train": len(train.ids), "test": len(test.ids)},
@@ -80,6 +80,21 @@ def run(args: argparse.Namespace) -> None:
     rows = [_row(opened, each, samples, rate, as_published=as_published) for each in outcomes]
     provenance = record.provenance(args, opened.network, opened.labelled)
     common.finish(args, where, provenance, result, rows, notes)
+
+
+def _differences(args: argparse.Namespace, samples: int) -> list[str]:
+    from byol_fast.evaluate import lowshot
+
+    others = sorted({k for k in args.k or () if k not in lowshot.SHOTS})
+    return [
+        "C is chosen on the other samples' training images; there on the test images",
+        *(
+            []
+            if samples == lowshot.SAMPLES
+            else [f"{samples} samples instead of {lowshot.SAMPLES}"]
+        ),
+        *([f"k {', '.join(map(str, others))}: not published"] if others else []),
+    ]
 
 
 def _row(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from byol_fast.evaluate import published, recipes
+from byol_fast.evaluate import differs, published, recipes
 from byol_fast.evaluate.commands import common, training
 from byol_fast.evaluate.table import Row
 
 if TYPE_CHECKING:
+    from byol_fast.evaluate.data import Labelled
     from byol_fast.evaluate.heads import StageHeads
     from byol_fast.evaluate.scores import Scores
 
@@ -18,6 +19,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     training.flags(parser)
     add = parser.add_argument
+    common.dataset_flag(parser)
     add("--recipe", choices=list(recipes.MHEAD), default="imagenet", help="the data set's")
     add("--epochs", type=int, help="instead of the recipe's; the drops of the rate move along")
     add("--lr", type=float, dest="base_lr", help="per 256 images, instead of the recipe's")
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
             adaptive = [p for p in module.poolings if p.kernel is None]
             result = {
                 "protocol": training.protocol(recipe),
-                "published_protocol": not (args.quick or changed or adaptive),
+                **differs.record(_differences(args, network, [p.feature for p in adaptive])),
                 "features": _features(module, outcome.scores),
                 **job.described(outcome),
             }
@@ -62,14 +64,36 @@ def run(args: argparse.Namespace) -> None:
                     f"{said}"
                 )
             label = training.QUICK if args.quick else f"{args.recipe}{changed}"
-            job.finish(outcome, result, _rows(args, module, outcome, label), notes)
+            figures = _published(args, labelled)
+            job.finish(outcome, result, _rows(figures, module, outcome, label), notes)
+
+
+def _published(
+    args: argparse.Namespace, labelled: Labelled
+) -> tuple[published.Published | None, ...]:
+    """Of the recipe's data set; ImageNet's recipe, the default, is used on other data too."""
+    unknown = (None,) * 5
+    other = args.recipe == "imagenet" and common.dataset_of(args, labelled) != "imagenet"
+    return unknown if args.quick or other else published.MHEAD.get(args.recipe, unknown)
+
+
+def _differences(
+    args: argparse.Namespace, network: common.Network, adaptive: list[str]
+) -> list[str]:
+    """From MMSelfSup's and OpenMixup's configurations."""
+    asked = {"epochs": args.epochs, "batch size": args.batch_size, "lr": args.base_lr}
+    pooled = [f"{', '.join(adaptive)} pooled adaptively"] if adaptive else []
+    first = [differs.QUICK] if args.quick else []
+    shown = [differs.BILINEAR, differs.ONE_RESIZE, *differs.size(network.image_size)]
+    return [*first, *differs.settings(asked), *pooled, *shown]
 
 
 def _rows(
-    args: argparse.Namespace, module: StageHeads, outcome: training.Outcome, label: str
+    figures: tuple[published.Published | None, ...],
+    module: StageHeads,
+    outcome: training.Outcome,
+    label: str,
 ) -> list[Row]:
-    unknown = (None,) * 5
-    figures = unknown if args.quick else published.MHEAD.get(args.recipe, unknown)
     return [
         Row(
             protocol=f"mhead {pooling.feature}, {label}",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byol_fast.evaluate import published, recipes
+from byol_fast.evaluate import differs, published, recipes
 from byol_fast.evaluate.commands import choosing, common, training
 from byol_fast.evaluate.table import Row
 
@@ -19,6 +19,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     training.flags(parser)
     add = parser.add_argument
+    common.dataset_flag(parser)
     add("--share", type=float, default=0.01, help="of the labels, stratified by class")
     add("--labels", type=Path, help="file with the names of the images that keep their label")
     add("--epochs", type=int, help="instead of the recipe's; the drops of the rate move along")
@@ -56,12 +57,11 @@ def run(args: argparse.Namespace) -> None:
                 protocol=_title(args, recipe, share, chosen=bool(tried)),
                 figures=scores.figures(),
                 images_per_second=outcome.images_per_second,
-                published=None if args.quick else _published(share),
+                published=_published(args, labelled, share),
             )
             result = {
                 "protocol": training.protocol(recipe),
-                "published_protocol": not (args.quick or args.epochs or args.batch_size or args.lr)
-                and not args.head_factor,
+                **differs.record(_differences(args, network)),
                 "chosen_from": tried,
                 "share": share,
                 "labels": str(args.labels) if args.labels else None,
@@ -106,8 +106,27 @@ def _few(args: argparse.Namespace, labelled: Labelled) -> tuple[Labelled, str, f
     return replace(labelled, train=Subset(train, ids)), source, share
 
 
-def _published(share: float) -> published.Published | None:
+def _differences(args: argparse.Namespace, network: common.Network) -> list[str]:
+    """From the paper's fine-tuning with few labels, whose figures these are."""
+    asked = {"epochs": args.epochs, "batch size": args.batch_size, "lr": args.lr}
+    asked |= {"head factor": args.head_factor}
+    tried = "the nine recipes" if args.grid else "one of the nine recipes"
+    return [
+        *([differs.QUICK] if args.quick else []),
+        *differs.settings(asked),
+        f"{tried} of MMSelfSup; the paper sweeps rates and epochs of its own",
+        differs.BILINEAR,
+        differs.ONE_RESIZE,
+        *differs.size(network.image_size),
+    ]
+
+
+def _published(
+    args: argparse.Namespace, labelled: Labelled, share: float
+) -> published.Published | None:
     """The figure for this share, give or take a twentieth: lists round to whole images."""
+    if args.quick or common.dataset_of(args, labelled) != "imagenet":
+        return None
     near = [known for known in published.SEMI if abs(share - known) < 0.05 * known]
     return published.SEMI[near[0]] if near else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from byol_fast.evaluate import published, record
+from byol_fast.evaluate import differs, published, record
 from byol_fast.evaluate.commands import common, frozen
 from byol_fast.evaluate.table import Row
 
@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> None:
             protocol=opened.label(f"SVM, {len(costs)} C in {svm.FOLDS} folds"),
             figures=figures,
             images_per_second=common.rate_of(train, test),
-            published=published.SVM if opened.as_published else None,
+            published=published.SVM if opened.as_published and opened.multi else None,
         )
     ]
     classes = opened.labelled.classes
     result = {
         "protocol": {"name": "svm", "costs": costs, "folds": svm.FOLDS, **opened.described()},
-        "published_protocol": opened.as_published,
+        **differs.record(opened.differences()),
         "map": outcome.mean_ap,
         "top1": outcome.top1,
         "classes": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from byol_fast.evaluate import published, record
+from byol_fast.evaluate import differs, published, record
 from byol_fast.evaluate.commands import common, frozen
 from byol_fast.evaluate.table import Row
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     )
     result = {
         "protocol": {"name": "transfer", "penalties": penalties, **opened.described()},
-        "published_protocol": not args.quick,
+        **differs.record(_differences(args, opened)),
         "figures": figures,
         "penalty": found.penalty,
         "validation": {f"{penalty:.6g}": value for penalty, value in found.validation.items()},
@@ -79,6 +79,16 @@ def run(args: argparse.Namespace) -> None:
     provenance = record.provenance(args, opened.network, opened.labelled)
     row = _row(args, opened, figures, len(penalties))
     common.finish(args, where, provenance, result, [row], notes)
+
+
+def _differences(args: argparse.Namespace, opened: frozen.Frozen) -> list[str]:
+    """From the paper's linear transfer."""
+    return [
+        *([differs.QUICK] if args.quick else []),
+        differs.ANTIALIASED,
+        "the penalty is scaled as in google-research's linear_eval; the paper does not say how",
+        *differs.size(opened.network.image_size),
+    ]
 
 
 def _row(

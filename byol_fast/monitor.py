@@ -18,10 +18,18 @@ from types import TracebackType
 from typing import Any, SupportsFloat
 
 from byol_fast.watching import live, metrics, sinks
-from byol_fast.watching.alarms import alarms, collapse_alarms, collapsed, healthy_std
+from byol_fast.watching.alarms import alarms, collapse_alarms, collapsed, healthy_std, narrowed
 from byol_fast.watching.metrics import METRICS, Values
 
-__all__ = ["LogError", "RunLog", "alarms", "collapse_alarms", "collapsed", "healthy_std"]
+__all__ = [
+    "LogError",
+    "RunLog",
+    "alarms",
+    "collapse_alarms",
+    "collapsed",
+    "healthy_std",
+    "narrowed",
+]
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +61,8 @@ class RunLog:
         LogError: metrics.jsonl cannot be written.
         ImportError: `wandb` was asked for and is not installed.
 
-    `history` holds the last points logged, oldest first, also across a resume; ask
-    `alarms(values, log.history)` before `log(step, values)`.
+    `history` holds the last points logged, oldest first, and `first` the first finite value of each
+    number, also across a resume; ask `alarms(values, log.history)` before `log(step, values)`.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class RunLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.history: deque[Values] = deque(maxlen=KEPT_POINTS)
+        self.first: dict[str, float] = {}
         self._latest: dict[str, float | None] = {}
         self._bad: set[str] = set()
         self._file: LineFile | None = None
@@ -81,7 +90,7 @@ class RunLog:
         if wandb:
             sinks.require_wandb()  # before anything is written
         self._file = LineFile(out / FILE, resume_step)
-        for row in metrics.read(out / FILE).rows[-KEPT_POINTS:]:
+        for row in metrics.read(out / FILE).rows:
             self._remember({k: v for k, v in row.items() if k != "step"})
         if wandb:
             self._add(sinks.open_wandb(out, config or {}, resumed=resume_step is not None))
@@ -152,6 +161,9 @@ class RunLog:
     def _remember(self, values: Values) -> None:
         self.history.append(values)
         self._latest.update(values)
+        for name, value in values.items():
+            if value is not None:
+                self.first.setdefault(name, value)
 
     def _add(self, sink: sinks.Sink | None) -> None:
         if sink is not None:

@@ -267,9 +267,12 @@ class Trainer:
         history = self.runlog.history  # on rank 0 alone
         found = monitor.alarms(values, history, dim=dim)
         collapses = monitor.collapse_alarms(values, history, dim=dim)
+        narrowed = monitor.narrowed(values, history, self.runlog.first.get("rankme"))
         self.runlog.log(self.step, values)
         for text in found:
             self.runlog.event(self.step, "alarm", text)
+        if narrowed:
+            self.runlog.event(self.step, "warning", narrowed)
         (collapsed,) = self.world.any(bool(collapses) and self.plan.stop_collapsed)
         if collapsed:
             raise Diverged("\n".join(collapses) or "rank 0 saw a collapse")

@@ -236,6 +236,8 @@ def events(data: RunData) -> str:
         match collapse(data):
             case "no":
                 body = para("No alarm was raised: the embeddings did not collapse.", "calm")
+            case "partial":
+                body = para("No alarm was raised, but the embeddings use few directions.", "hint")
             case "not watched":
                 body = para("No alarm was raised.", "calm")
     others = [e for e in data.log.events if e not in data.alarms]

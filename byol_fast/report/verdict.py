@@ -8,7 +8,14 @@ from html import escape
 from byol_fast.report.data import KNN_RAW, KNN_TRAINED, KNN_UNTRAINED, RunData
 from byol_fast.report.html import para, prose, tag
 from byol_fast.watching import metrics
-from byol_fast.watching.alarms import collapsed, healthy_std, suspect
+from byol_fast.watching.alarms import (
+    NARROW_MEANS,
+    collapsed,
+    healthy_std,
+    narrow,
+    spectrum,
+    suspect,
+)
 from byol_fast.watching.metrics import short
 
 
@@ -37,11 +44,15 @@ def judge(data: RunData) -> tuple[str, str]:
     untrained, raw = data.number(KNN_UNTRAINED), data.number(KNN_RAW)
     if trained is None or untrained is None:
         what = "not measured" if untrained is None else "not measured after training yet"
+        if collapse(data) == "partial":
+            return "warn", f"The embeddings use few directions; kNN accuracy was {what}"
         return "plain", f"No alarm was raised; kNN accuracy was {what}"
     if trained <= untrained:
         return "warn", "Training has not improved the features so far"
     if raw is not None and trained <= raw:
         return "warn", "Better than the untrained network, not yet better than raw pixels"
+    if collapse(data) == "partial":
+        return "warn", "The network learned, but its embeddings use few directions"
     beaten = "both baselines" if raw is not None else "the untrained network"
     return "good", f"The network learned: its features beat {beaten}"
 
@@ -89,7 +100,10 @@ def _health_tile(data: RunData) -> tuple[str, str]:
     if ends is None:
         return "not watched", ""
     share = ends[1] / healthy_std(data.embedding_dim)
-    return collapse(data), f"spread at {100 * share:.0f} % of healthy"
+    note = f"spread at {100 * share:.0f} % of healthy"
+    if rank := _ends(data, metrics.RANKME):
+        note += f" · RankMe {short(rank[1])}, {short(rank[0])} at the start"
+    return collapse(data), note
 
 
 def _ends(data: RunData, name: str) -> tuple[float, float] | None:
@@ -106,13 +120,16 @@ def diverged(data: RunData) -> bool:
 
 
 def collapse(data: RunData) -> str:
-    """yes, no, not watched, or possible: the newest gauges are bad, but not for long enough."""
+    """yes, no, not watched, possible (the newest gauges are bad, but not for long enough), or
+    partial (the embeddings are spread, but along few of the directions that they had at first)."""
     watched = [row for row in data.log.rows if metrics.EMBEDDING_STD in row]
     if not watched:
         return "not watched"
     if collapsed(data.log.rows, dim=data.embedding_dim):
         return "yes"
-    return "possible" if suspect(watched[-1], dim=data.embedding_dim) else "no"
+    if suspect(watched[-1], dim=data.embedding_dim):
+        return "possible"
+    return "partial" if narrow(data.log.rows) else "no"
 
 
 def _loss(data: RunData) -> str:
@@ -152,13 +169,17 @@ def _speed(data: RunData) -> str:
 
 
 def _health(data: RunData) -> str:
+    rank = _ends(data, metrics.RANKME)
+    directions = f" {spectrum(rank[1], rank[0])}" if rank and rank[0] else ""
     match collapse(data):
         case "yes":
             return "All images are mapped to almost the same point; see the alarms below."
         case "possible":
             return "At the last log points the embeddings were almost the same for all images."
+        case "partial":
+            return f"The embeddings did not fall together.{directions} {NARROW_MEANS}"
         case "no" if any(e.kind == "alarm" for e in data.log.events):
-            return "An alarm was raised on the way."
+            return f"An alarm was raised on the way.{directions}"
         case "no":
-            return "There was no sign of collapse."
+            return f"There was no sign of collapse.{directions}"
     return ""

@@ -63,7 +63,9 @@ METRICS: dict[str, Metric] = {
         "collapse goes to 0.",
     ),
     RANKME: Metric(
-        "RankMe", "Number of directions the projections really use; near 1 means collapse."
+        "RankMe",
+        "Number of directions the projections really use; near 1 means collapse, less than a "
+        "quarter of its first value partial collapse.",
     ),
     ALIGNMENT: Metric(
         "Alignment", "Squared distance between the two views of an image; lower is closer."

@@ -7,10 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablation, feeding, fps, hardware, kernels, optimizers, peers, stepping
+from benchmarks import (
+    ablation,
+    counted,
+    feeding,
+    fps,
+    hardware,
+    kernels,
+    optimizers,
+    peers,
+    stepping,
+)
 from benchmarks.stepping import OtherPath, StepBench, StepSettings
 from byol_fast.compiled import as_they_stand
 from byol_fast.distributed import World
@@ -27,6 +38,14 @@ COMPILE = [*TINY, "--engine", "compile"]
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks that could not be compiled, as training goes on with them."""
     monkeypatch.setattr(stepping, "compiled", lambda model, *_, **__: as_they_stand(model))
+
+
+@pytest.fixture
+def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device could do at most takes seconds to find, and is not the question."""
+    monkeypatch.setattr(counted, "work_of_an_image", lambda settings: (1.0, 1.0))
+    monkeypatch.setattr(hardware, "matmul_flops", lambda *_: 1.0)
+    monkeypatch.setattr(hardware, "copy_bytes", lambda *_: 1.0)
 
 
 def test_eager_networks_are_no_figure_of_compiled_ones(no_compiler: None) -> None:
@@ -55,7 +74,7 @@ def test_a_graph_is_one_where_it_was_captured(
 
 
 def test_fps_fails_and_leaves_no_row_of_another_path(
-    no_compiler: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    no_compiler: None, no_limits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "fps.json"
     assert fps.main([*COMPILE, "--json", str(file)]) == 1
@@ -65,7 +84,7 @@ def test_fps_fails_and_leaves_no_row_of_another_path(
 
 
 def test_fps_fails_where_the_step_cannot_be_captured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_limits: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise CaptureError("the step cannot be captured")
@@ -114,6 +133,7 @@ def test_nothing_is_measured_on_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 def test_peers_write_their_rows_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "lightly", lambda *_: (lambda: None, lambda: None))
     monkeypatch.setattr(peers, "lucidrains", lambda *_: 1 / 0)
+    monkeypatch.setattr(hardware, "step_seconds", lambda *_: np.ones(1))
     seen: list[set[str]] = []
     peers.measure(SMALL, CPU, steps=1, warm_up=0, each=lambda rows: seen.append(set(rows)))
     assert seen[:3] == [

@@ -33,5 +33,8 @@ class Preempted(RuntimeError):
     """A signal asked the run to end; a checkpoint of the last step, if any, has been written."""
 
 
-class CaptureError(RuntimeError):
-    """The step could not be captured as a CUDA graph; the process is not fit to go on training."""
+class CaptureError(Exception):
+    """The step could not be captured as a CUDA graph; the process is not fit to go on training.
+
+    No RuntimeError: whoever handles those, out of memory too, would try more in this process.
+    """

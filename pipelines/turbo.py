@@ -21,8 +21,12 @@ class _Missing:
         )
 
 
-simplejpeg: Any
-try:
-    import simplejpeg
-except ImportError as error:
-    simplejpeg = _Missing(error)
+def _load() -> Any:
+    try:
+        import simplejpeg
+    except ImportError as error:
+        return _Missing(error)
+    return simplejpeg
+
+
+simplejpeg = _load()

@@ -114,6 +114,20 @@ def test_an_ablation_with_a_row_that_failed_has_failed(
     assert "eager ran" in row["failed"]
 
 
+def test_no_row_is_measured_after_a_failed_capture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise CaptureError("the step cannot be captured")
+
+    monkeypatch.setattr(ablation, "StepBench", fails)
+    file = tmp_path / "ablation.json"
+    assert ablation.main([*TINY, "--json", str(file)]) == 1
+    assert "cannot be captured" in capsys.readouterr().err
+    gains = json.loads(file.read_text())["gains"]
+    assert list(gains) == [ablation.CHANGES[0].name]
+
+
 def test_nothing_is_measured_on_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every further row would be the same error under another name."""
 

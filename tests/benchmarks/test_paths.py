@@ -23,9 +23,10 @@ from benchmarks import (
     stepping,
 )
 from benchmarks.stepping import OtherPath, StepBench, StepSettings
-from byol_fast.compiled import as_they_stand
+from byol_fast.compiled import Networks, as_they_stand
 from byol_fast.distributed import World
 from byol_fast.errors import CaptureError
+from byol_fast.model import BYOL
 
 CPU = World(0, 1, torch.device("cpu"))
 GPU = torch.device("cuda", 0)
@@ -187,6 +188,22 @@ def test_a_row_of_the_pipeline_names_its_parts(tmp_path: Path) -> None:
     )
     assert (row["source"], row["decoder"]) == ("SyntheticSource", None)
     assert row["augmentation"] == "reference" and row["engine_ran"] is None
+
+
+def test_a_compiled_step_on_a_cpu_has_a_row_without_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compiled(model: BYOL, *_: object, **__: object) -> Networks:
+        return stepping.replace(as_they_stand(model), compile_seconds=1.0)
+
+    monkeypatch.setattr(stepping, "compiled", compiled)
+    monkeypatch.setattr(hardware, "launches_and_waits", lambda *_: 1 / 0)
+    limits = dict.fromkeys(
+        ("flops", "bytes", "flop_of_an_image", "bytes_of_an_image", "kept_of_an_image"), 1.0
+    )
+    settings = stepping.replace(SMALL, engine="compile")
+    row = stepping.measure(settings, CPU, steps=1, warm_up=1, limits=limits)
+    assert (row["engine_ran"], row["launches"], row["host_waits"]) == ("compile", None, None)
 
 
 def test_generated_images_are_a_batch_at_least(

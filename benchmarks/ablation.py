@@ -28,6 +28,7 @@ from benchmarks.stepping import StepBench, StepSettings
 from byol_fast import distributed
 from byol_fast.device_errors import raise_if_lost
 from byol_fast.distributed import World
+from byol_fast.errors import CaptureError
 
 
 class Change(NamedTuple):
@@ -111,6 +112,10 @@ def measure(
                     for options in (change.with_it, change.without)
                 ]
                 gains[change.name] = _gain(pair, change, steps, warm_up)
+            except CaptureError as error:  # nor can any other row be measured in this process
+                gains[change.name] = {"failed": str(error)[:200], "predicted": change.predicted}
+                each(gains)
+                raise
             except (ValueError, RuntimeError) as error:  # another path, memory, a compiler
                 raise_if_lost(world.device, error)
                 gains[change.name] = {"failed": str(error)[:200], "predicted": change.predicted}
@@ -178,8 +183,13 @@ def main(argv: list[str] | None = None) -> int:
         write(options.json, as_json({**result, "gains": gains}))
 
     steps, warm_up = options.steps or (40 if big else 2), 20 if big else 1
-    gains = measure(settings, world, steps=steps, warm_up=warm_up, only=options.only, each=each)
-    distributed.stop()
+    try:
+        gains = measure(settings, world, steps=steps, warm_up=warm_up, only=options.only, each=each)
+    except CaptureError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        distributed.stop()
     failed = [name for name, row in gains.items() if "failed" in row]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

@@ -80,7 +80,8 @@ import sys
 import torch
 
 if not torch.cuda.is_available():
-    sys.exit("torch sees no GPU here")
+    print("torch sees no GPU here")
+    sys.exit(1)
 names = "torchvision triton numpy pytest simplejpeg nvidia.dali ffcv lightly byol_pytorch amp_C"
 for name in names.split():
     try:
@@ -90,7 +91,10 @@ for name in names.split():
     if found is None:
         print(name)
 PYTHON
-    ) || exit 1
+    ) || {
+        echo "$missing"
+        exit 1
+    }
     for package in $missing; do
         echo "$package is not installed: what needs it is left out"
     done

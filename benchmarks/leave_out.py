@@ -20,9 +20,10 @@ def pytest_make_collect_report(
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Turns a failed import of somebody else's package into a skip."""
     report = yield
-    missing = re.search(r"No module named '([\w.]+)'", str(report.longrepr))
-    if report.outcome == "failed" and missing and missing[1].partition(".")[0] not in OWN:
+    found = re.search(r"No module named '([\w.]+)'|import of ([\w.]+) halted", str(report.longrepr))
+    missing = found and (found[1] or found[2])
+    if report.outcome == "failed" and missing and missing.partition(".")[0] not in OWN:
         report.outcome = "skipped"
         where = str(getattr(collector, "path", collector.nodeid))
-        report.longrepr = (where, 0, f"Skipped: {missing[1]} is not installed")
+        report.longrepr = (where, 0, f"Skipped: {missing} is not installed")
     return report

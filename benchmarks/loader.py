@@ -39,7 +39,7 @@ import torch
 
 from benchmarks import chart
 from benchmarks.conditions import as_json, conditions, write
-from benchmarks.figures import show, summarise
+from benchmarks.figures import Turns, show, summarise
 from benchmarks.make_data import STORES, generate, make_stores
 from benchmarks.rows import Work, all_rows
 from benchmarks.turns import measure
@@ -101,20 +101,27 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     stores, missing = make_stores(folder, list(dict.fromkeys(["folder", *options.stores])), scratch)
     work = Work(stores, options.device, options.image_size, options.batch_size, options.images)
     rows = [row for row in options.rows if row.store in stores]
-    turns, lost = measure(rows, work, options.seconds)
-    lost["left_out"].update({f"the {name} store": reason for name, reason in missing.items()})
-    if not turns:
-        reasons = [f"{n}: {r}" for kind in lost.values() for n, r in kind.items()]
-        raise DataError("no row is left to measure:\n  " + "\n  ".join(reasons))
-    command = ["python", "benchmarks/loader.py", *options.argv]
-    settings = {
+    where = conditions(
+        "loader",
+        ["python", "benchmarks/loader.py", *options.argv],
+        torch.device(options.device),
+    )
+    where |= {
         "data": data,
         "image_size": options.image_size,
         "batch_size": options.batch_size,
         "images_a_turn": work.steps * options.batch_size,
     }
-    where = conditions("loader", command, torch.device(options.device))
-    return {**where, **settings, **summarise(turns, options.needed), **lost}
+
+    def each(turns: Turns) -> None:  # a run may be ended from outside
+        write(options.json, as_json({**where, **summarise(turns, options.needed)}))
+
+    turns, lost = measure(rows, work, options.seconds, each)
+    lost["left_out"].update({f"the {name} store": reason for name, reason in missing.items()})
+    if not turns:
+        reasons = [f"{n}: {r}" for kind in lost.values() for n, r in kind.items()]
+        raise DataError("no row is left to measure:\n  " + "\n  ".join(reasons))
+    return {**where, **summarise(turns, options.needed), **lost}
 
 
 def out_of_time(number: int, frame: FrameType | None) -> None:

@@ -213,7 +213,9 @@ def measure(
     guard = bench.guard
     if not on_gpu:  # there alone it reads its flag on the host
         bench.guard = None
-    launches, waits = hardware.launches_and_waits(bench.step, world.device)
+    launches, waits = None, None
+    if on_gpu or bench.compile_seconds is None:  # the host's counter cannot look into compiled code
+        launches, waits = hardware.launches_and_waits(bench.step, world.device)
     bench.guard = guard
     row: dict[str, Any] = {
         "settings": asdict(settings),

@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -131,7 +132,12 @@ class Runner:
         self.process.join()
 
 
-def measure(rows: list[Row], work: Work, seconds: float) -> tuple[Turns, dict[str, dict[str, str]]]:
+def measure(
+    rows: list[Row],
+    work: Work,
+    seconds: float,
+    each: Callable[[Turns], None] = lambda turns: None,  # sees the turns after each round
+) -> tuple[Turns, dict[str, dict[str, str]]]:
     """Turns of every row, round by round, until the time is over; and who took no part, and why.
 
     KeyboardInterrupt ends it early: the rounds that are complete count.
@@ -161,6 +167,8 @@ def measure(rows: list[Row], work: Work, seconds: float) -> tuple[Turns, dict[st
             rounds += 1
             if rounds == 0:
                 started = time.perf_counter()
+            elif turns:
+                each(turns)
     except KeyboardInterrupt:
         complete = min(map(len, turns.values()), default=0)
         turns = {row: some[:complete] for row, some in turns.items() if complete}

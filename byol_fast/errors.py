@@ -41,5 +41,8 @@ class OutOfMemory(RuntimeError):
     """A step does not fit into memory; the message names what does, where that is known."""
 
 
-class CaptureError(RuntimeError):
-    """The step could not be captured as a CUDA graph; the process is not fit to go on training."""
+class CaptureError(Exception):
+    """The step could not be captured as a CUDA graph; the process is not fit to go on training.
+
+    No RuntimeError: whoever handles those, out of memory too, would try more in this process.
+    """

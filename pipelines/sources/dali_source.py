@@ -240,6 +240,7 @@ class DaliSource:
                     decoder=decoder,
                 )
             except Exception as error:
+                _raise_if_lost(self._device)
                 if decoder is None or not self._trial.drop(decoder, error):
                     raise
                 continue
@@ -254,6 +255,7 @@ class DaliSource:
             Exception: DALI's, where it decodes nothing and so the images are not to blame.
         """
         decoder, error = failure.graph.decoder, failure.error
+        _raise_if_lost(self._device)
         if decoder is None:
             raise error
         self._retire(list(graphs), graphs)
@@ -295,6 +297,12 @@ def _failures_of(graph: DaliGraph) -> Iterator[None]:
         yield
     except Exception as error:
         raise _Failure(graph, error) from error
+
+
+def _raise_if_lost(device: torch.device) -> None:
+    """After a failure: no other decoder works either where the GPU's context is lost."""
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.synchronize(device)
 
 
 def _numbered(device: torch.device) -> torch.device:

@@ -56,6 +56,10 @@ def test_every_mode_leaves_a_rate_and_its_spread(result: dict) -> None:
         assert 0 < low <= middle <= high
         assert row["n"] == 2
     assert result["modes"]["step"]["loss_is_finite"]
+    assert result["modes"]["step"]["engine_ran"] == "eager"
+    e2e = result["modes"]["e2e"]
+    ran = [e2e[name] for name in ("source", "decoder", "augmentation", "engine_ran")]
+    assert ran == ["TorchSource", "simplejpeg", "reference", "eager"]
     assert result["modes"]["e2e"]["bad"] == 0
     optim = result["modes"]["optim"]
     assert set(optim) == {*optimizers.OURS, *peer_updates.PEERS}
@@ -76,6 +80,8 @@ def test_the_table_has_what_is_promised(result: dict, capsys: pytest.CaptureFixt
         "in all",
         "ms a step",
         "waiting for data",
+        "engine ran: eager",
+        "augmentation: reference",
         "waits of the host a step",
         "of a matrix product's FLOP/s",
         "of a copy's bytes/s",

@@ -169,6 +169,7 @@ def test_a_capture_that_fails_ends_the_run_and_names_the_first_error(
     assert "--run.engine compile" in words and "\n" not in words
     assert recorder.log[-1] == "back on True" and "replay" not in recorder.log
     assert not step.captured
+    assert not isinstance(raised.value, RuntimeError)  # nobody tries a smaller batch after it
 
 
 def fails(x: torch.Tensor) -> None:

@@ -228,6 +228,7 @@ def test_every_kind_gives_its_pixels_on_every_backend(backend: str, good: Path) 
 @pytest.mark.gpu
 @pytest.mark.dali
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not dali_available(), reason="NVIDIA DALI is not installed")
 @pytest.mark.parametrize("decoder", ["cpu", "mixed"])
 def test_every_kind_gives_its_pixels_on_a_gpu(decoder: str, good: Path) -> None:
     """nvJPEG rounds otherwise than libjpeg-turbo: about a level on average."""

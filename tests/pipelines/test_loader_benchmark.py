@@ -357,6 +357,13 @@ def test_rows_take_turns_and_those_that_drop_out_are_named(fake_runner: type[Fak
     assert {f"end of {row.kind}" for row in rows} <= set(fake_runner.order)
 
 
+def test_turns_are_seen_after_each_round(fake_runner: type[FakeRunner]) -> None:
+    rows, seen = [Row("torch crops"), Row("pil crops")], list[list[int]]()
+    fake_runner.happens["pil crops", 4] = KeyboardInterrupt()
+    turns.measure(rows, Work({}), 1000, lambda some: seen.append([len(t) for t in some.values()]))
+    assert seen == [[1, 1], [2, 2]]  # the first turn of each is to warm up
+
+
 @pytest.mark.parametrize(("at", "complete"), [(4, 2), (2, 0)])
 def test_an_interruption_keeps_the_complete_rounds(
     at: int, complete: int, fake_runner: type[FakeRunner]

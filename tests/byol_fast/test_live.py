@@ -88,7 +88,7 @@ def on_terminal(code: str, *, env: dict[str, str] | None = None) -> tuple[str, i
     plain |= {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", "PYTHONUTF8": "1"}
     process = subprocess.Popen(
         # As ASCII: an argument is decoded by the locale, which may know no more.
-        [sys.executable, "-c", f"exec({ascii(textwrap.dedent(code))})"],
+        [sys.executable, "-c", f"exec({textwrap.dedent(code)!a})"],
         stdin=side,
         stdout=side,
         stderr=side,

@@ -80,6 +80,7 @@ setup(
         "pipelines",
         "pipelines.augment",
         "pipelines.conversion",
+        "pipelines.formats",
         "pipelines.sources",
         "pipelines.stores",
     ],

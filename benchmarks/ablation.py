@@ -26,6 +26,7 @@ from benchmarks.conditions import as_json, conditions, write
 from benchmarks.hardware import percentiles
 from benchmarks.stepping import StepBench, StepSettings
 from byol_fast import distributed
+from byol_fast.device_errors import raise_if_lost
 from byol_fast.distributed import World
 
 
@@ -110,16 +111,16 @@ def measure(
                     for options in (change.with_it, change.without)
                 ]
                 gains[change.name] = _gain(pair, change, steps, warm_up)
-            except (ValueError, RuntimeError) as error:
-                gains[change.name] = {"left_out": str(error)[:200], "predicted": change.predicted}
+            except (ValueError, RuntimeError) as error:  # another path, memory, a compiler
+                raise_if_lost(world.device, error)
+                gains[change.name] = {"failed": str(error)[:200], "predicted": change.predicted}
         each(gains)
     return gains
 
 
 def _gain(pair: list[StepBench], change: Change, steps: int, warm_up: int) -> dict[str, Any]:
     for bench in pair:
-        for _ in range(warm_up):
-            bench.step()
+        bench.warm_up(warm_up)
     rounds = [
         [np.median(hardware.step_seconds(b.step, b.device, max(2, steps // 4))) for b in pair]
         for _ in range(5)
@@ -129,6 +130,9 @@ def _gain(pair: list[StepBench], change: Change, steps: int, warm_up: int) -> di
         "gain": percentiles(seconds[:, 1] / seconds[:, 0]),
         "ms": percentiles(1000 * seconds[:, 0]),
         "predicted": change.predicted,
+        "engine_ran": [bench.engine_ran for bench in pair],  # with it, without
+        "optimizer": [bench.optimizer.impl for bench in pair],
+        "compile_seconds": [bench.compile_seconds for bench in pair],
         "n": len(rounds),
     }
 
@@ -144,7 +148,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: 0, 1 if nothing could be measured, 2 for wrong usage."""
+    """The command: 0, 1 if a row failed or none could be measured, 2 for wrong usage."""
     argv = sys.argv[1:] if argv is None else argv
     options = arguments(argv)
     try:
@@ -168,14 +172,18 @@ def main(argv: list[str] | None = None) -> int:
         if "gain" in row:
             measured = "{1:.3f} ({0:.3f}-{2:.3f})".format(*row["gain"])
         else:
-            measured = f"left out: {row['left_out'][:60]}"
+            kind = "failed" if "failed" in row else "left_out"
+            measured = f"{kind.replace('_', ' ')}: {row[kind][:60]}"
         print(f"{name:43}{measured:26} predicted {row['predicted']}", flush=True)
         write(options.json, as_json({**result, "gains": gains}))
 
     steps, warm_up = options.steps or (40 if big else 2), 20 if big else 1
     gains = measure(settings, world, steps=steps, warm_up=warm_up, only=options.only, each=each)
     distributed.stop()
-    return 0 if any("gain" in row for row in gains.values()) else 1
+    failed = [name for name, row in gains.items() if "failed" in row]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 0 if not failed and any("gain" in row for row in gains.values()) else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -117,47 +118,61 @@ def apart(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     return distance
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace,
+    each: Callable[[dict[str, Any]], None] = lambda result: None,  # sees rows as they come
+) -> dict[str, Any]:
     """Turns of every row, one after the other, and what the device could do at best."""
+    started = time.perf_counter()
     calls, device = rows(options), options.device
     distance = apart(calls)  # warms up as well
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(options.rounds + 1):
-        for name, call in calls.items():
-            steps = 1 if name == LOOP or device.type != "cuda" else 10
-            taken = hardware.step_seconds(call, device, steps)
-            if turn:  # the first is to warm up
-                seconds[name].extend(taken.tolist())
-    pixels = 2 * 3 * options.image_size**2  # values of both views
     rate = hardware.copy_bytes(device)
+    pixels = 2 * 3 * options.image_size**2  # values of both views
     floor = pixels * (1 + DTYPES[options.dtype].itemsize) / rate * 1e6
-    table = {}
-    for name, call in calls.items():
-        micros = np.array(seconds[name]) / options.batch_size * 1e6
-        launches, waits = hardware.launches_and_waits(call, device)
-        table[name] = {
-            "us_per_image": hardware.percentiles(micros),
-            "n": len(micros),
-            "share_of_floor": float(f"{floor / np.median(micros):.3g}"),
-            "faster_than_torchvision": float(
-                f"{np.median(seconds[LOOP]) / np.median(seconds[name]):.3g}"
-            ),
-            "launches": launches,
-            "waits": waits,
-            "apart": distance[name],
-        }
-        if options.step_fps:
-            share = float(np.median(micros)) * options.step_fps / 1e6
-            table[name]["share_of_a_step"] = float(f"{share:.3g}")
-    return {
+    result: dict[str, Any] = {
         "batch_size": options.batch_size,
         "image_size": options.image_size,
         "dtype": options.dtype,
         "copy_bytes_per_second": float(f"{rate:.4g}"),
         "floor_us_per_image": float(f"{floor:.3g}"),
         "step_fps": options.step_fps,
-        "rows": table,
+        "compile_seconds": time.perf_counter() - started,  # of the kernels, and a call of each row
+        "rows": {},
     }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    counts: dict[str, tuple[int | None, int | None]] = {}
+    for turn in range(options.rounds + 1):
+        for name, call in calls.items():
+            steps = 1 if name == LOOP or device.type != "cuda" else 10
+            taken = hardware.step_seconds(call, device, steps)
+            if turn:  # the first is to warm up
+                seconds[name].extend(taken.tolist())
+            else:
+                counts[name] = hardware.launches_and_waits(call, device)
+        if turn:
+            for name in calls:
+                row = _row(name, seconds, options, floor)
+                launches, waits = counts[name]
+                row |= {"launches": launches, "waits": waits, "apart": distance[name]}
+                result["rows"][name] = row
+            each(result)
+    return result
+
+
+def _row(
+    name: str, seconds: dict[str, list[float]], options: argparse.Namespace, floor: float
+) -> dict[str, Any]:
+    micros = np.array(seconds[name]) / options.batch_size * 1e6
+    faster = np.median(seconds[LOOP]) / np.median(seconds[name])
+    row = {
+        "us_per_image": hardware.percentiles(micros),
+        "n": len(micros),
+        "share_of_floor": float(f"{floor / np.median(micros):.3g}"),
+        "faster_than_torchvision": float(f"{faster:.3g}"),
+    }
+    if options.step_fps:
+        row["share_of_a_step"] = float(f"{float(np.median(micros)) * options.step_fps / 1e6:.3g}")
+    return row
 
 
 def show(result: dict[str, Any]) -> None:
@@ -218,9 +233,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     options = arguments(argv)
     command = ["python", "benchmarks/augment.py", *argv]
-    result = {**conditions("augment", command, options.device), **measure(options)}
+    where = conditions("augment", command, options.device)
+
+    def save(result: dict[str, Any]) -> None:  # a run may be ended from outside
+        write(options.json, as_json({**where, **result}))
+
+    result = {**where, **measure(options, save)}
     show(result)
-    write(options.json, as_json(result))
     return result
 
 

@@ -23,6 +23,13 @@ def step_parser(doc: str | None, *, engine: bool = True) -> argparse.ArgumentPar
     else:
         parser.set_defaults(engine=None)
     parser.add_argument("--steps", type=int, help="measured steps")
+    parser.add_argument(
+        "--grouped",
+        type=int,
+        default=0,
+        metavar="RANKS",
+        help="BatchNorm's kernels as of one rank among so many, without messages",
+    )
     parser.add_argument("--json", type=Path, help="where the result is written")
     return parser
 
@@ -32,6 +39,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name in ("image_size", "batch_size", "steps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
+    if options.grouped == 1 or options.grouped < 0:
+        parser.error("--grouped is at least 2")
 
 
 def settings(options: argparse.Namespace, device: torch.device) -> StepSettings:
@@ -43,4 +52,5 @@ def settings(options: argparse.Namespace, device: torch.device) -> StepSettings:
         batch=options.batch_size or (256 if big else 16),
         precision=options.precision or ("bf16" if big else "fp32"),
         engine=options.engine or ("compile" if big else "eager"),
+        grouped=options.grouped,
     )

@@ -14,18 +14,20 @@ from benchmarks.hardware import percentiles
 from benchmarks.make_data import generate
 from benchmarks.stepping import StepBench, StepSettings
 from byol_fast.distributed import World
+from byol_fast.graphed import WARM_UP
 from pipelines.pipeline import ViewPipeline, build
 from pipelines.spec import AugmentSpec
 
-_GENERATED = 200  # images: they are read again and again
+_DECODERS = {"TorchSource": "simplejpeg", "FfcvSource": "libffcv"}  # None: nothing is decoded
+_GENERATED = 200  # images, or a batch: they are read again and again
 
 
-def generated(scratch: Path) -> str:
-    """A folder of photograph-like JPEGs, made at the first call."""
+def generated(scratch: Path, batch: int) -> str:
+    """A folder of photograph-like JPEGs, at least `batch`, made at the first call."""
     folder = scratch / "images"
     if not folder.exists():
         folder.mkdir()
-        generate(folder, _GENERATED)
+        generate(folder, max(_GENERATED, batch))
     return str(folder)
 
 
@@ -58,6 +60,18 @@ def measure(
         pipeline.close()
 
 
+def what_ran(pipeline: ViewPipeline) -> dict[str, Any]:
+    """Source, decoder and augmentation as they were used: `auto` may have chosen or fallen back."""
+    source = pipeline.source
+    trial = getattr(source, "_trial", None)
+    augment: Any = pipeline._augment
+    return {
+        "source": type(source).__name__,
+        "decoder": _DECODERS.get(type(source).__name__) if trial is None else str(trial.decoder),
+        "augmentation": augment.func.__module__.rpartition(".")[2],
+    }
+
+
 def _measure(
     pipeline: ViewPipeline,
     bench: StepBench | None,
@@ -66,6 +80,8 @@ def _measure(
     steps: int,
     warm_up: int,
 ) -> dict[str, Any]:
+    if bench is not None and bench.graphed is not None:
+        warm_up = max(warm_up, WARM_UP + 2)
     views = pipeline.steps(0, warm_up + steps)
     started = time.perf_counter()
     first = 0.0
@@ -81,6 +97,8 @@ def _measure(
         if number == 0:
             hardware.wait(world.device)
             first = time.perf_counter() - started
+    if bench is not None:
+        bench.check_engine()
     hardware.wait(world.device)
     waited, begun = pipeline.stats()["wait"], time.perf_counter()
     seconds = hardware.step_seconds(step, world.device, steps)
@@ -99,7 +117,9 @@ def _measure(
         "step_ms": percentiles(1000 * seconds),
         "wait_share": (stats["wait"] - waited) / elapsed,
         "first_batch_seconds": first,
-        "source": type(pipeline.source).__name__,
+        "engine_ran": None if bench is None else bench.engine_ran,
+        "compile_seconds": None if bench is None else bench.compile_seconds,
+        **what_ran(pipeline),
         "bad": len(stats["bad"]),
         "n": steps,
     }

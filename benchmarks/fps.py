@@ -17,6 +17,7 @@ small, to show that it runs; such figures say nothing about a GPU.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
 import tempfile
@@ -28,15 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run in a chec
 
 import torch
 
-from benchmarks import chart_fps, commands, hardware, optimizers, scaling, stepping
+from benchmarks import chart_fps, commands, counted, hardware, optimizers, scaling, stepping
 from benchmarks.conditions import as_json, conditions, write
-from benchmarks.stepping import FORWARDS_OF_AN_IMAGE, StepSettings
+from benchmarks.stepping import OtherPath, StepSettings
+from benchmarks.verdict import TARGET, bottleneck, verdict
 from byol_fast import distributed
 from byol_fast.distributed import World
+from byol_fast.errors import CaptureError
 from pipelines.errors import DataError, MissingBackend
 
 MODES = ("step", "loader", "e2e", "linear-eval", "optim", "peers")
-TARGET = 5408 / 8  # mmpretrain's linear evaluation of BYOL ResNet-50: 5408 images/s on 8 BI-V100
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -72,7 +74,7 @@ def run(
     """Every mode that was asked for, and what they mean together."""
     settings = commands.settings(options, world.device)
     options.steps = options.steps or (50 if world.device.type == "cuda" else 5)
-    flop, kept = stepping.work_of_an_image(settings)
+    flop, kept = counted.work_of_an_image(settings)
     limits = {
         "flops": hardware.matmul_flops(
             world.device,
@@ -81,7 +83,7 @@ def run(
         "bytes": hardware.copy_bytes(world.device),
         "flop_of_an_image": flop,
         "kept_of_an_image": kept,
-        "bytes_of_an_image": stepping.bytes_of_an_image(settings),
+        "bytes_of_an_image": counted.bytes_of_an_image(settings),
     }
     result: dict[str, Any] = {
         **conditions("fps", ["python", "benchmarks/fps.py", *options.argv], world.device),
@@ -93,6 +95,7 @@ def run(
     if world.is_main:
         print(f"{result['device']}, {world.size} rank(s), torch {result['versions']['torch']}")
     modes = result["modes"]
+    each(result)  # so that a run ended while it compiles leaves its conditions
     for mode in options.mode:
         modes[mode] = _measure(mode, options, settings, world, scratch, limits)
         if world.is_main:
@@ -122,7 +125,7 @@ def _measure(
             from benchmarks import feeding  # the pipelines' packages are needed only here
 
             return feeding.measure(
-                options.data or feeding.generated(scratch),
+                options.data or feeding.generated(scratch, settings.batch * world.size),
                 settings,
                 world,
                 backend=options.backend,
@@ -154,71 +157,6 @@ def projection(
     )
 
 
-def verdict(result: dict[str, Any]) -> list[str]:
-    """Each rate beside the target, and what the comparison means."""
-    target, lines = result["target_fps"], []
-    lines.append(
-        f"target: {target:.0f} images/s per GPU"
-        + (
-            " (mmpretrain's linear evaluation of BYOL ResNet-50, one forward an image; a BYOL "
-            f"image costs {FORWARDS_OF_AN_IMAGE} such forwards)"
-            if target == TARGET
-            else ""
-        )
-    )
-    for mode in ("step", "loader", "e2e", "linear-eval"):
-        if mode in result["modes"]:
-            rate = result["modes"][mode]["images_per_second_per_gpu"][1]
-            met = "met" if rate >= target else "missed"
-            lines.append(f"{mode}: {rate:.1f} images/s per GPU, {rate / target:.2f}x: {met}")
-    for row in result.get("projection", {}).get("rows", [])[1:]:
-        rate, wanted = row["images_per_second"], target * row["ranks"]
-        lines.append(
-            f"predicted for {row['ranks']} GPUs: {rate:,.0f} images/s, "
-            f"{rate / wanted:.2f}x of {wanted:,.0f}"
-        )
-    return lines
-
-
-def bottleneck(result: dict[str, Any]) -> str:
-    """One sentence: what limits the run, and what to do about it."""
-    modes = result["modes"]
-    step, e2e, loader = (modes.get(name) for name in ("step", "e2e", "loader"))
-    if e2e is not None and e2e["wait_share"] > 0.05:
-        return (
-            f"Loading limits: the device waits {e2e['wait_share']:.0%} of the time for data; give "
-            "the ranks more cores, use DALI with a GPU (--backend dali), or convert to smaller "
-            "images (python -m pipelines.convert --max-side)."
-        )
-    if step is None:
-        if loader is not None:
-            rate = loader["images_per_second_per_gpu"][1]
-            return (
-                f"The loader gives {rate:.0f} images/s to each rank; run --mode step e2e to see "
-                "whether that is enough."
-            )
-        return "No step was measured: run --mode step e2e to see what limits training."
-    if step["host_share"] is not None and step["host_share"] > 0.9:
-        return (
-            f"Launching limits: the host is busy {step['host_share']:.0%} of a step with "
-            f"{step['launches']} launches; use --engine graph or a larger batch."
-        )
-    if step["flop_share"] >= step["byte_share_estimate"]:
-        return (
-            f"Arithmetic limits: {step['flop_share']:.0%} of a matrix product's FLOP/s are "
-            "reached; a lower precision or a smaller network is what is left."
-        )
-    return (
-        f"Memory traffic limits: about {step['byte_share_estimate']:.0%} of a copy's bytes/s are "
-        f"reached and {step['flop_share']:.0%} of a matrix product's FLOP/s; "
-        + (
-            "compile the networks (--engine compile), which fuses the element-wise passes."
-            if step["settings"]["engine"] == "eager"
-            else "fewer passes over activations would be faster, more arithmetic would not."
-        )
-    )
-
-
 def show_mode(mode: str, row: dict[str, Any]) -> None:
     """One mode's part of the table."""
     print(f"\n{mode}", flush=True)
@@ -245,6 +183,8 @@ def show_mode(mode: str, row: dict[str, Any]) -> None:
         ("kept_mb_per_image_counted", "MiB an image kept for backward if not compiled (counted)"),
         ("compile_seconds", "s to compile"),
     )
+    ran = ("engine_ran", "optimizer", "source", "decoder", "augmentation")
+    facts += [f"{name.replace('_', ' ')}: {row[name]}" for name in ran if row.get(name)]
     facts += [f"{row[name]:.1%} {unit}" for name, unit in shares if name in row]
     facts += [f"{row[name]:g} {unit}" for name, unit in numbers if row.get(name) is not None]
     print("  " + "\n  ".join(facts), flush=True)
@@ -259,8 +199,10 @@ def show_end(result: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: 0, 2 for wrong usage, 4 if the data cannot be used."""
+    """The command: 0, 1 if another path ran than was asked for, 2 for wrong usage, 4 if the data
+    cannot be used."""
     options = arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # why a path does not run
     try:
         world = distributed.start(options.device)
     except ValueError as error:
@@ -280,6 +222,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, MissingBackend) as error:  # a network, size, engine or backend
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OtherPath, CaptureError) as error:  # not a figure of what was asked for
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     finally:
         distributed.stop()
     if world.is_main:

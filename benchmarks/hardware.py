@@ -99,7 +99,8 @@ def launches_and_waits(
 ) -> tuple[int | None, int | None]:
     """Kernel launches of a step, and how often the host waits for the GPU in it.
 
-    Without a GPU: None, and how often it would wait.
+    Without a GPU: None, and how often it would wait. None for both where the profiler has seen no
+    launch: it has no access to the counters, which says nothing about the step.
     """
     if device.type != "cuda":
         with HostReads() as seen:
@@ -113,5 +114,7 @@ def launches_and_waits(
             call()
     names = [event.name for event in profile.events()]
     launches = sum(name.startswith(_LAUNCHES) for name in names)
+    if not launches:
+        return None, None
     waits = sum(name.startswith(_WAITS) for name in names) - 1  # the profiler's own, at its end
     return round(launches / steps), max(0, round(waits / steps))

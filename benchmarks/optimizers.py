@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import hardware, peer_updates
 from benchmarks.hardware import percentiles
 from benchmarks.stepping import StepSettings
+from byol_fast.device_errors import raise_if_lost
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
 
@@ -26,6 +27,7 @@ def measure(
     *,
     steps: int,
     clock: Callable[[], float] = time.perf_counter,
+    each: Callable[[dict[str, Any]], None] = lambda rows: None,  # sees them as they come
 ) -> dict[str, Any]:
     """Milliseconds of an update and moving average of BYOL's parameters, by implementation.
 
@@ -40,6 +42,7 @@ def measure(
             calls[name] = _update(settings, device, name)
             calls[name]()
         except (ImportError, ValueError, RuntimeError) as error:
+            raise_if_lost(device, error)
             calls.pop(name, None)
             result[name] = {"text": f"left out: {error}"}
     rounds, part = (max(3, steps // 10), 10) if device.type == "cuda" else (max(3, steps), 1)
@@ -65,8 +68,9 @@ def measure(
             "launches": launches,
             "host_waits": waits,
             "n": rounds,
-            "text": f"{text}, {waits} waits of the host",
+            "text": text if waits is None else f"{text}, {waits} waits of the host",
         }
+        each(result)
     return result
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import hardware
 from benchmarks.hardware import percentiles
 from byol_fast.compiled import as_they_stand, compiled
 from byol_fast.distributed import World, data_parallel
-from byol_fast.graphed import GraphedStep, refusal, side_stream
+from byol_fast.graphed import WARM_UP, GraphedStep, refusal, side_stream
 from byol_fast.guard import Guard
 from byol_fast.model import BYOL
 from byol_fast.networks.small_maps import trim
@@ -30,7 +31,7 @@ FORWARDS_OF_AN_IMAGE = 8
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What is measured. The last eight can be taken away or tried."""
+    """What is measured. The last nine can be taken away or tried."""
 
     backbone: str = "resnet50"
     image_size: int = 224
@@ -43,12 +44,17 @@ class StepSettings:
     cudnn_benchmark: bool = True
     guarded: bool = True  # a step that is not finite changes nothing
     trimmed: bool = True  # on a CPU: convolutions without the taps that see padding alone
+    grouped: int = 0  # BatchNorm as of one rank among so many, without messages
     conv_1x1_as_mm: bool = False  # Inductor's: forward 1x1 convolutions with stride 1 as products
 
     @property
     def hidden_size(self) -> int:
         """Of projector and predictor: the paper's, or that of small images' recipes."""
         return 4096 if self.image_size > 64 else 512
+
+
+class OtherPath(RuntimeError):
+    """A figure was asked for of a path that did not run."""
 
 
 class StepBench:
@@ -60,6 +66,8 @@ class StepBench:
         reason = refusal(self.device, accumulate=1, precision=settings.precision)
         if settings.engine == "graph" and reason:
             raise ValueError(f"no graph: {reason}")
+        if settings.grouped:
+            _pretend_group(settings.grouped)
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
@@ -69,7 +77,7 @@ class StepBench:
             image_size=settings.image_size,
             projector=(hidden, 256),
             predictor=(hidden, 256),
-            bn_sync=world.size > 1,
+            bn_sync=world.size > 1 or settings.grouped > 1,
         ).to(self.device)
         side = settings.image_size
         views = torch.randn(2, settings.batch, side, side, 3, device=self.device)
@@ -109,6 +117,37 @@ class StepBench:
             )
         self.scaler = torch.amp.GradScaler("cuda") if settings.precision == "fp16" else None
 
+    @property
+    def engine_ran(self) -> str:
+        """What the steps so far were: eager, compile, graph, or a graph of eager networks."""
+        networks = "eager" if self.compile_seconds is None else "compile"
+        if self.graphed is None or not self.graphed.captured:
+            return networks
+        return "graph" if networks == "compile" else "graph of eager networks"
+
+    def check_engine(self) -> None:
+        """After the warm-up.
+
+        Raises:
+            OtherPath: steps do not run by the engine that was asked for.
+        """
+        if self.engine_ran != self.settings.engine:
+            raise OtherPath(
+                f"engine {self.settings.engine} was asked for and {self.engine_ran} ran: the log "
+                "says why"
+            )
+
+    def warm_up(self, steps: int) -> StepOutput:
+        """At least one step, and as many as a graph needs before it is one.
+
+        Raises:
+            OtherPath: see `check_engine`.
+        """
+        for _ in range(max(1, steps, WARM_UP + 2 if self.graphed is not None else 0)):
+            output = self.step()
+        self.check_engine()
+        return output
+
     def step(self) -> StepOutput:
         """One update."""
         if self.graphed is not None:
@@ -124,6 +163,18 @@ class StepBench:
             scaler=self.scaler,
             guard=self.guard,
         )
+
+
+def _pretend_group(ranks: int) -> None:
+    """This process as rank 0 of so many whose messages go nowhere: the kernels are those of many
+    ranks, the statistics are not."""
+    if dist.is_initialized():
+        if dist.get_backend() != "fake":
+            raise ValueError("--grouped is for one process, not under torchrun")
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
 
 class _TwoPasses(nn.Module):
@@ -146,73 +197,13 @@ def _one_view(model: BYOL) -> None:
     set_views(model, 1)
 
 
-def work_of_an_image(settings: StepSettings) -> tuple[float, float]:
-    """FLOPs of one image's step, and the bytes that an uncompiled forward keeps for backward.
-
-    Counted over the operations of a step on the CPU; what is kept in floats counts with the bytes
-    of `settings.precision`, and nothing twice.
-    """
-    small = replace(
-        settings, batch=2, precision="fp32", engine="eager", optimizer="reference", trimmed=False
-    )
-    bench = StepBench(small, World(0, 1, torch.device("cpu")))
-    weights = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # tensors, so that no address is used again
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter, hooks:
-        bench.step()
-    float_bytes = 4 if settings.precision == "fp32" else 2
-    size = sum(
-        tensor.numel() * (float_bytes if tensor.is_floating_point() else tensor.element_size())
-        for address, tensor in kept.items()
-        if address not in weights
-    )
-    return counter.get_total_flops() / small.batch, size / small.batch
-
-
-def bytes_of_an_image(settings: StepSettings) -> float:
-    """Estimate: bytes that activations of one image move if BatchNorm, ReLU and the sum after it
-    are one kernel each way, in 2-byte numbers (4 in fp32).
-
-    For a convolution from `in` to `out` values a forward reads `in`, writes `out`, reads it for the
-    statistics, and reads and writes it once more; a backward reads the gradient and the activation
-    for the sums, both again to write a gradient, and takes that and `in` twice through the
-    convolution. Weights and heads are left out.
-    """
-    moved = 0.0
-
-    def count(module: nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        nonlocal moved
-        before, after = given[0].numel(), out.numel()
-        forward = before + 4 * after
-        backward = 5 * after + 2 * (after + before)
-        moved += 2 * forward + backward  # online and target forward, online backward
-
-    net = BYOL(
-        settings.backbone, image_size=settings.image_size, projector=(8, 8), predictor=(8, 8)
-    )
-    backbone = net.online.encoder.backbone.eval()
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        backbone(torch.zeros(1, 3, settings.image_size, settings.image_size))
-    return 2 * moved * (4 if settings.precision == "fp32" else 2)  # two views
-
-
 def measure(
     settings: StepSettings, world: World, *, steps: int, warm_up: int, limits: dict[str, float]
 ) -> dict[str, Any]:
     """A row: rate, spread, memory, launches, and the shares of what the hardware could do."""
     on_gpu = world.device.type == "cuda"
     bench = StepBench(settings, world)
-    for _ in range(warm_up):
-        loss = bench.step().loss
+    loss = bench.warm_up(warm_up).loss
     if on_gpu:  # not before: cuDNN's search takes workspaces that steps do not need
         torch.cuda.reset_peak_memory_stats(world.device)
         between = torch.cuda.memory_allocated(world.device)  # weights, gradients, momentum, views
@@ -226,6 +217,7 @@ def measure(
     bench.guard = guard
     row: dict[str, Any] = {
         "settings": asdict(settings),
+        "engine_ran": bench.engine_ran,
         "optimizer": bench.optimizer.impl,
         "images_per_second_per_gpu": percentiles(settings.batch / seconds),
         "images_per_second": float(f"{rate * world.size:.5g}"),
@@ -282,11 +274,17 @@ def measure_linear(
         loss.backward()
         optimizer.step()
 
-    for _ in range(warm_up):
+    started = time.perf_counter()
+    step()
+    hardware.wait(device)
+    first = time.perf_counter() - started
+    for _ in range(warm_up - 1):
         step()
     seconds = hardware.step_seconds(step, device, steps)
     rate = settings.batch / float(np.median(seconds))
     return {
+        "engine_ran": "eager" if settings.engine == "eager" else "compile",
+        "compile_seconds": None if settings.engine == "eager" else first,
         "images_per_second_per_gpu": percentiles(settings.batch / seconds),
         "images_per_second": float(f"{rate * world.size:.5g}"),
         "step_ms": percentiles(1000 * seconds),

@@ -5,7 +5,7 @@ A section may be left out (`--base-lr` for `--optim.base-lr`), since leaf names 
 
 from __future__ import annotations
 
-import textwrap
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,21 @@ def help_text(flags: Mapping[str, Flag], titles: Mapping[str, str], head: str) -
 
 def help_entry(option: str, about: str) -> list[str]:
     """The lines of one option, at most 100 columns wide."""
-    body = textwrap.wrap(about, width=70)
+    body = _wrap(about, width=70)
     first = f"  {option:<28}"
     if len(option) > 26:
         return [f"  {option}"] + [" " * 30 + line for line in body]
     return [first + body[0]] + [" " * 30 + line for line in body[1:]]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` columns, broken at spaces and behind a `|`, never in a name."""
+    lines = [""]
+    for word in re.findall(r"\s+|[^\s|]+\|?|\|", text):
+        if lines[-1] and len(lines[-1]) + len(word.rstrip()) > width:
+            lines.append("")
+        lines[-1] += word if lines[-1] else word.lstrip()
+    return [line.rstrip() for line in lines]
 
 
 def _plain(value: object) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -14,23 +14,30 @@ from byol_fast import config as configuration
 from byol_fast.compiled import Networks, as_they_stand, compiled
 from byol_fast.config import Config
 from byol_fast.distributed import World, statistics_group
-from byol_fast.errors import CheckpointError
+from byol_fast.errors import OutOfMemory
 from byol_fast.graphed import refusal
 from byol_fast.model import BYOL
 from byol_fast.networks.small_maps import trim
 from byol_fast.optim import LARS, param_groups
 from byol_fast.recipes import Resolved
-from byol_fast.session import replay, split
+from byol_fast.session import fitting, replay, split
 from byol_fast.session.judging import judges
 from byol_fast.session.opening import Data
+from byol_fast.session.plan import RunPlan
+from byol_fast.session.resuming import open_folder, same_run, taking_over
 from byol_fast.session.runfolder import RunFolder
 from byol_fast.step import AUTOCAST
-from byol_fast.trainer import RunPlan, Trainer
-from pipelines import parts
+from byol_fast.trainer import Trainer
 from pipelines.pipeline import ViewPipeline, build
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = {
+    "bf16": "convolutions and matrix products in bf16, statistics, loss and updates in fp32",
+    "fp16": "convolutions and matrix products in fp16 with a loss scale, the rest in fp32",
+    "tf32": "fp32, with operands that a GPU rounds to TF32 (10 bits of mantissa)",
+    "fp32": "fp32 throughout, without TF32",
+}
 OUTPUT_SIZE = 256  # of projector and predictor, as in the paper
 
 
@@ -43,11 +50,11 @@ def assemble(
     """Model, optimizer, pipeline and log around one trainer, at the newest checkpoint."""
     config = resolved.config
     folder = RunFolder(config.out)
-    state = _open_folder(folder, world, stack)
+    state = open_folder(folder, world, stack)
     identity = {"config": configuration.to_dict(config), "data": data.parts.identity()}
     if state is not None:
-        with _fitting(state, folder):
-            _same_run(state, identity, allowed=config.checkpoint.allow_config_change)
+        with taking_over(state, folder):
+            same_run(state, identity, allowed=config.checkpoint.allow_config_change)
     model = build_model(config, world)
     pipeline = _build_pipeline(resolved, data, world)
     stack.callback(pipeline.close)
@@ -65,6 +72,7 @@ def assemble(
         threads=config.input.threads,
     )
     plan = _run_plan(resolved, world)
+    log.info("precision %s: %s", plan.precision, PRECISIONS[plan.precision])
     runlog = monitor.RunLog(
         folder.path,
         rank=world.rank,
@@ -76,12 +84,22 @@ def assemble(
         config=identity["config"],
     )
     stack.callback(runlog.close)
+    advice = partial(
+        fitting.advice,
+        model,
+        world,
+        resolved.split,
+        image_size=config.image_size,
+        dtype=_views_dtype(config, world),
+        autocast_dtype=AUTOCAST.get(plan.precision),
+    )
     trainer = Trainer(
         world=world,
         folder=folder,
         plan=plan,
         model=model,
-        networks=_build_networks(resolved, model, plan, world),
+        networks=_build_networks(resolved, model, plan, world, advice),
+        out_of_memory_advice=advice,
         optimizer=optimizer,
         pipeline=pipeline,
         evaluation=evaluation,
@@ -91,7 +109,7 @@ def assemble(
         graph=config.run.engine == "graph",
     )
     if state is not None:
-        with _fitting(state, folder):
+        with taking_over(state, folder):
             trainer.load_state(state)
         log.info("resumed at step %d of %d", trainer.step, plan.total_steps)
         if change := resolved.split.change(resolved.before):
@@ -112,38 +130,6 @@ def _describe(folder: RunFolder, resolved: Resolved, data: Data, trainer: Traine
         raise ValueError(
             f"the run folder {folder.path} cannot be written: {error}. Free some space, mend "
             f"its permissions, or choose another with --out"
-        ) from error
-
-
-def _open_folder(
-    folder: RunFolder, world: World, stack: contextlib.ExitStack
-) -> dict[str, Any] | None:
-    """Rank 0 takes the folder and finds the newest whole checkpoint; all ranks load that one."""
-    state: dict[str, Any] | None = None
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            stack.enter_context(folder)
-            _prepare(folder)
-            state = checkpoint.latest(folder.checkpoints, map_location=world.device)
-        except (ValueError, CheckpointError) as caught:
-            error = caught
-    step, error = world.share((state and state["step"], error))
-    if error is not None:
-        raise error
-    if step is None or world.is_main:
-        return state
-    return checkpoint.load(checkpoint.path_of(folder.checkpoints, step), map_location=world.device)
-
-
-def _prepare(folder: RunFolder) -> None:
-    try:
-        folder.sweep()
-        checkpoint.prepare(folder.checkpoints)
-    except OSError as error:
-        raise ValueError(
-            f"checkpoints cannot be written to {folder.checkpoints}: {error}. Choose another "
-            f"folder with --out, or mend its permissions"
         ) from error
 
 
@@ -176,7 +162,7 @@ def _views_dtype(config: Config, world: World) -> torch.dtype:
 def build_model(config: Config, world: World) -> BYOL:
     """The two networks of a run, on the rank's device. Raises ValueError as `BYOL` does."""
     torch.manual_seed(config.seed)  # the same weights on every rank
-    torch.set_float32_matmul_precision("high")
+    _set_float32(_precision(config.run.precision, world))
     torch.backends.cudnn.benchmark = True
     given, sizes = config.model, (config.model.hidden_size, OUTPUT_SIZE)
     model = BYOL(
@@ -195,7 +181,9 @@ def build_model(config: Config, world: World) -> BYOL:
     return model.to(world.device).to(memory_format=torch.channels_last)
 
 
-def _build_networks(resolved: Resolved, model: BYOL, plan: RunPlan, world: World) -> Networks:
+def _build_networks(
+    resolved: Resolved, model: BYOL, plan: RunPlan, world: World, advice: Callable[[], str]
+) -> Networks:
     """The parts the step calls, compiled where that was asked for or there is a GPU."""
     config, accumulate = resolved.config, resolved.split.accumulate
     on_gpu = world.device.type == "cuda"
@@ -207,14 +195,18 @@ def _build_networks(resolved: Resolved, model: BYOL, plan: RunPlan, world: World
             raise ValueError(f"--run.engine graph: {reason}; use --run.engine auto")
     if config.run.engine == "eager" or (config.run.engine == "auto" and not on_gpu):
         return as_they_stand(model)
-    return compiled(
-        model,
-        world,
-        batch=resolved.split.micro_batch,
-        image_size=config.image_size,
-        dtype=_views_dtype(config, world),
-        autocast_dtype=AUTOCAST.get(plan.precision),
-    )
+    try:
+        return compiled(
+            model,
+            world,
+            batch=resolved.split.micro_batch,
+            image_size=config.image_size,
+            dtype=_views_dtype(config, world),
+            autocast_dtype=AUTOCAST.get(plan.precision),
+        )
+    except OutOfMemory as error:
+        reason = str(error)
+    raise OutOfMemory(f"out of memory in the trial before training, {reason}. {advice()}")
 
 
 def _run_plan(resolved: Resolved, world: World) -> RunPlan:
@@ -241,49 +233,19 @@ def _run_plan(resolved: Resolved, world: World) -> RunPlan:
     )
 
 
+def _set_float32(precision: str) -> None:
+    """What a GPU does with fp32 operands: under fp32 it does not round them to TF32.
+
+    torch's own default rounds those of convolutions, and not those of matrix products.
+    """
+    tf32 = precision != "fp32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
 def _precision(asked: str, world: World) -> str:
     """What `auto` means on this device."""
     if asked != "auto":
         return asked
     on_gpu = world.device.type == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if on_gpu else "fp32"
-
-
-@contextlib.contextmanager
-def _fitting(state: dict[str, Any], folder: RunFolder) -> Iterator[None]:
-    """While a checkpoint is taken over: its hash was right, but it may be of other networks.
-
-    Raises:
-        CheckpointError: it lacks something, or holds other tensors than this run's.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (
-            f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        )
-        raise CheckpointError(
-            f"the checkpoint of step {state['step']} in {folder.checkpoints} does not fit this "
-            f"run's networks: {reason[:300]}. Go back to the settings that it was made with, or "
-            f"choose another --out"
-        ) from error
-
-
-def _same_run(state: dict[str, Any], identity: dict[str, Any], *, allowed: bool) -> None:
-    """Refuse to go on with other settings or other images than the checkpoint's."""
-    saved = configuration.from_dict(state["config"], "the checkpoint")
-    now = configuration.from_dict(identity["config"])
-    changes = configuration.diff(saved, now)
-    changes += parts.changes(state["data"], identity["data"])
-    if not changes:
-        return
-    listed = "\n  ".join(changes)
-    if not allowed:
-        raise ValueError(
-            f"the checkpoint in {now.out} belongs to another run:\n  {listed}\n"
-            f"Choose another --out, go back to these settings, or accept the change with "
-            f"--checkpoint.allow-config-change"
-        )
-    log.warning("going on from a checkpoint of another configuration:\n  %s", listed)

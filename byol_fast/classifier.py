@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,9 @@ from byol_fast.evaluate import head as heads
 from byol_fast.evaluate.features import Crop, evaluating, inference, stream
 from byol_fast.evaluate.files import Files
 from byol_fast.networks.backbone import feature_dim
+from byol_fast.weights import Weights
 from pipelines.errors import DataError
 from pipelines.spec import AugmentSpec
-
-log = logging.getLogger(__name__)
 
 
 class Prediction(TypedDict):
@@ -79,7 +77,7 @@ class Classifier(nn.Module):
 
         Raises:
             CheckpointError: one of the files is missing, damaged or something else.
-            ValueError: they do not belong together.
+            ValueError: they do not belong together: the head was trained on other weights.
         """
         found = export.read_weights(weights)
         layer, classes, about = heads.load(head)
@@ -91,8 +89,14 @@ class Classifier(nn.Module):
                 f"{head} takes {layer.in_features} features and {weights} gives {width}: "
                 "they are of different networks"
             )
-        if about.get("weights_sha256") not in (None, found.sha256):
-            log.warning("%s was trained on other weights (%s)", head, about.get("weights_file"))
+        if not _belongs(about, found):
+            raise ValueError(
+                f"{head} was trained on the features of other weights ({about.get('weights_file')}"
+                f", sha256 {str(about['weights_sha256'])[:12]}…) than {found.file} (sha256 "
+                f"{found.sha256[:12]}…), so its classes would mean nothing: name the weights that "
+                "it was trained on, or train a classifier on these (python -m byol_fast.evaluate "
+                "linear)"
+            )
         usual = AugmentSpec()
         spec = AugmentSpec(
             mean=tuple(found.meta.get("mean", usual.mean)),
@@ -185,3 +189,11 @@ class Classifier(nn.Module):
             )
             for best, where in zip(values.tolist(), indices.tolist(), strict=True)
         ]
+
+
+def _belongs(about: dict[str, Any], weights: Weights) -> bool:
+    """Whether a head was trained on these weights: the same file, or another one of its tensors (a
+    run's checkpoint, `.safetensors` and `.pth`). A head that does not say is taken at its word."""
+    if about.get("weights_sha256") in (None, weights.sha256):
+        return True
+    return about.get("weights_tensors_sha256") == weights.tensors_sha256

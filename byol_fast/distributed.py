@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -13,7 +14,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.cores import limit_torch_threads, ranks_here, worker_threads
 
 TIMEOUT = "BYOL_FAST_TIMEOUT"  # environment variable: seconds a rank may be waited for in a step
 _SECONDS = 300.0  # unless it is set
@@ -114,6 +118,7 @@ def start(device: str = "auto") -> World:
                 )
             device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
+    limit_torch_threads()
     where = torch.device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(0, 1, where)
@@ -168,6 +173,34 @@ def statistics_group(word: str, world: World) -> bool | dist.ProcessGroup:
     return own
 
 
+@contextmanager
+def on_its_own(world: World, groups: Iterable[dist.ProcessGroup]) -> Iterator[None]:
+    """A block in which compiled code reduces over `groups` on this rank alone, without a message.
+
+    Compiled code finds a group by its name when it runs, so that for a while the name can stand for
+    a group of one. A rank that fails in the block leaves no other rank waiting.
+    """
+    groups = list(groups)
+    if not groups:
+        yield
+        return
+    alone = dist.new_group([world.rank], use_local_synchronization=True)
+    assert isinstance(alone, dist.ProcessGroup)
+    try:
+        for group in groups:
+            _let_name_stand_for(group.group_name, alone)
+        yield
+    finally:
+        for group in groups:
+            _let_name_stand_for(group.group_name, group)
+        dist.destroy_process_group(alone)
+
+
+def _let_name_stand_for(name: str, group: dist.ProcessGroup) -> None:
+    _unregister_process_group(name)
+    _register_process_group(name, group)
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -195,3 +228,14 @@ def without_sync(module: nn.Module) -> AbstractContextManager[None]:
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()  # type: ignore[no-any-return]
     return nullcontext()
+
+
+def share_compile_workers() -> None:
+    """Give Inductor this rank's share of the cores: by itself it takes all of them, up to 32.
+
+    What TORCHINDUCTOR_COMPILE_THREADS says stands.
+    """
+    from torch._inductor import config
+
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        config.compile_threads = min(32, worker_threads(ranks_here()))

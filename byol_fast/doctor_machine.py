@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from byol_fast.doctor import Finding, Wanted
 from byol_fast.doctor_packages import torch_facts
+from pipelines.cores import usable_cores
 from pipelines.ordered import in_order
 
 CORES_A_GPU = 8  # with fewer, decoding on the CPU keeps a data-centre GPU waiting
@@ -33,48 +34,6 @@ class Piece(NamedTuple):
     path: str
     offset: int
     length: int
-
-
-def usable_cores(root: Path = Path("/")) -> float:
-    """Cores this process may use: its affinity, or the quota of its control group if that is less.
-
-    Args:
-        root: where `proc` and `sys` are.
-    """
-    return min([float(len(os.sched_getaffinity(0))), *_quotas(root)])
-
-
-def _quotas(root: Path) -> list[float]:
-    """Cores that each control group above this process grants, version 2 or 1."""
-    found = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        here = top / path.lstrip("/")
-        for folder in (here, *here.parents):  # a limit above holds as well
-            if not folder.is_relative_to(top):
-                break
-            found.append(_quota(folder))
-    return [quota for quota in found if quota > 0]
-
-
-def _quota(folder: Path) -> float:
-    """Cores, or 0 where there is no limit."""
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
-    except (OSError, ValueError):
-        return 0.0
-    return 0.0 if quota in ("max", "-1") else int(quota) / int(period)
 
 
 def ranks_here(wanted: Wanted) -> int:
@@ -100,10 +59,7 @@ def cores(wanted: Wanted) -> list[Finding]:
         return [Finding(name="cores", state="slow", what=what, mend=mend)]
     seen = len(os.sched_getaffinity(0))
     if have < seen:
-        threads = max(1, int(each))
-        what += f", though {seen} are visible (the container's quota)"
-        mend = f"byol-fast pretrain --input.threads {threads} …"
-        return [Finding(name="cores", state="slow", what=what, mend=mend)]
+        what += f" by the container's quota, though {seen} are visible; threads follow it"
     return [Finding(name="cores", state="ok", what=what)]
 
 

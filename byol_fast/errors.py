@@ -21,6 +21,10 @@ class CheckpointError(RuntimeError):
     """No checkpoint can be loaded; the message names the files and what is wrong with each."""
 
 
+class UnreadableError(CheckpointError):
+    """The system could not read a checkpoint (permission, I/O error): it may be whole."""
+
+
 class SaveError(OSError):
     """A checkpoint was not written; the message has path, cause and mend."""
 
@@ -31,3 +35,11 @@ class Diverged(RuntimeError):
 
 class Preempted(RuntimeError):
     """A signal asked the run to end; a checkpoint of the last step, if any, has been written."""
+
+
+class OutOfMemory(RuntimeError):
+    """A step does not fit into memory; the message names what does, where that is known."""
+
+
+class CaptureError(RuntimeError):
+    """The step could not be captured as a CUDA graph; the process is not fit to go on training."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,12 +151,18 @@ def build(
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write` to a temporary file beside `path`, make it durable, then rename.
 
+    The file has the permissions of any new file there, whatever `write` gives it: safetensors
+    makes its files 0600.
+
     Raises:
         OSError: it could not be written; what was there before is untouched.
     """
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # by umask, or by the folder's default ACL
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from byol_fast.compiled import Networks
+from byol_fast.device_errors import first_line, root_cause
+from byol_fast.errors import CaptureError
 from byol_fast.guard import Guard
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, set_lr
@@ -55,7 +57,10 @@ class GraphedStep:
     """Takes training steps; the first `WARM_UP` as usual, all others by replaying one graph.
 
     The views must keep their shape, dtype and strides. What a step returns is overwritten by the
-    next. A capture that fails is said, and steps go on as usual.
+    next.
+
+    Raises:
+        CaptureError: the step after the warm-up could not be captured.
     """
 
     def __init__(
@@ -117,18 +122,30 @@ class GraphedStep:
                 tensor.record_stream(current)
         return output
 
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replays of one graph by now."""
+        return self._graph is not None
+
     def _capture(self, x: Tensor) -> None:
         """Records a step without taking it."""
         torch.cuda.synchronize(x.device)
+        current = torch.cuda.current_stream(x.device)
         views, graph = x.clone(), torch.cuda.CUDAGraph()
         try:
             # thread_local: other threads decode and pin memory meanwhile
             with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
                 output = self._step(views)
-        except Exception as error:  # torch raises several types, some after the fact
-            log.warning("the step was not captured as a CUDA graph, it runs as usual: %s", error)
-            return
-        finally:
-            self._optimizer.settle()
+        except Exception as error:
+            # Ending a failed capture raises in torch 2.11, which hides the first error and leaves
+            # the side stream current, random numbers in capture mode and the allocator without a
+            # way to free memory: no state to train on.
+            torch.cuda.set_stream(current)
+            raise CaptureError(
+                f"the step cannot be captured as a CUDA graph ({first_line(root_cause(error))}). "
+                "Start the same command with --run.engine compile: it goes on from the last "
+                "checkpoint"
+            ) from error
+        self._optimizer.settle()
         self._views, self._graph, self._output = views, graph, output
         log.info("the step is a CUDA graph from here on")

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from byol_fast.updates import lars_updates
+from byol_fast.updates.average import ema_ as ema_
+from byol_fast.updates.dispatch import Dispatch, Impl
 from byol_fast.updates.lars_updates import Norm
+from byol_fast.updates.layouts import laid_out_as, overlapping
 
-if TYPE_CHECKING:
-    from byol_fast.updates.fused_update import FusedGroup
-
-Impl = Literal["auto", "reference", "foreach", "fused", "apex"]
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -43,7 +41,9 @@ class LARS(torch.optim.Optimizer):
         moving average in it (`step_and_average`); "apex" uses NVIDIA apex's multi-tensor kernels;
         "reference" is the plain loop they are tested against. "auto" is fused for fp32 parameters
         on a GPU where Triton is installed, else foreach. All share one state layout, so a state
-        dict moves between them.
+        dict moves between them. Memory order does not matter: momentum is kept in the parameter's,
+        a gradient is brought into it, and a tensor that the kernels cannot take (other dtypes, gaps
+        in memory) is updated by foreach, which is logged once.
     norm: "update" divides by ‖u‖ (the authors'); "sum" divides by ‖g‖ + wd·‖p‖ + 1e-8
         (mmpretrain, lightly).
     lr_in_momentum: m = momentum·m + lr·u; p = p − m (mmpretrain).
@@ -52,7 +52,7 @@ class LARS(torch.optim.Optimizer):
     ImportError where its package is missing. Tensors without a gradient are skipped.
     """
 
-    impl: str = ""  # until the first groups are there
+    impl: Impl | None = None  # until the first groups are there
 
     def __init__(
         self,
@@ -82,23 +82,8 @@ class LARS(torch.optim.Optimizer):
         self.norm, self.lr_in_momentum = norm, lr_in_momentum
         groups = {"momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
         super().__init__(params, {"lr": lr, **groups})
-        everything = [p for group in self.param_groups for p in group["params"]]
-        self.impl = _choose(everything) if impl == "auto" else impl
-        self._prepare(everything)
-
-    def _prepare(self, everything: list[Tensor]) -> None:
-        self._fused: list[FusedGroup] = []
-        match self.impl:
-            case "fused":
-                self._fused = _fused_groups(everything, len(self.param_groups))
-            case "apex":
-                from byol_fast.updates.apex_update import update
-
-                self._update = update
-            case "foreach":
-                self._update = lars_updates.foreach
-            case _:
-                self._update = lars_updates.reference
+        self._dispatch = Dispatch(impl, self._parameters())
+        self.impl = self._dispatch.impl
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy or a pickle; not what `state_dict` gives."""
@@ -108,7 +93,10 @@ class LARS(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "impl" in state:  # a copy; `load_state_dict` comes here without
-            self._prepare([p for group in self.param_groups for p in group["params"]])
+            self._dispatch = Dispatch(state["impl"], self._parameters())
+
+    def _parameters(self) -> list[list[Tensor]]:
+        return [group["params"] for group in self.param_groups]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -140,95 +128,111 @@ class LARS(torch.optim.Optimizer):
         finite: a 0-d bool tensor; where it is False nothing changes. Only a fused update reads it
             without waiting for the device.
         """
-        if not self._fused:
+        if not self._dispatch.fused:
             if finite is None or bool(finite):
                 self.step()
                 ema_(target, online, decay)
             return
-        follower = dict(zip(online, target, strict=True))
-        self._run(follower, decay, finite)
-        late = [(t, o) for o, t in follower.items()]  # those that no group stepped
+        shared = overlapping(target)
+        averages: dict[Tensor, Tensor] = {}
+        late: list[tuple[Tensor, Tensor]] = []
+        for index, (t, o) in enumerate(zip(target, online, strict=True)):
+            if index in shared or o in averages:
+                late.append((t, o))
+            else:
+                averages[o] = t
+        self._run(averages, decay, finite)
+        late += [(t, o) for o, t in averages.items()]  # those that no kernel took
         ema_([t for t, _ in late], [o for _, o in late], decay, finite=finite)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Raises ValueError for parameters that a fused update cannot take."""
         super().add_param_group(param_group)
-        if self.impl != "fused":
+        if self.impl is None:  # the first groups
             return
+        before = self._dispatch.fused  # a graph may hold the addresses of their tables
         try:
-            self._fused += _fused_groups([p for g in self.param_groups for p in g["params"]], 1)
+            self._dispatch = Dispatch(self.impl, self._parameters())
         except ValueError:
             self.param_groups.pop()
             raise
+        self._dispatch.fused[: len(before)] = before
 
     def settle(self) -> None:
         """After a CUDA graph was captured with a step in it: sends what could not be sent then."""
-        for group in self._fused:
+        for group in self._dispatch.fused:
             group.settle()
 
     def _run(
         self,
-        follower: dict[Tensor, Tensor],
+        averages: dict[Tensor, Tensor],
         decay: float | Tensor,
         finite: Tensor | None = None,
     ) -> None:
-        """Updates every group; a fused one takes its parameters' followers out of the dict."""
+        """Updates every group; a fused one takes the targets that it updates out of the dict."""
         for number, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads, buffers = [p.grad for p in params], [self._buffer(p) for p in params]
-            if not self._fused:
-                self._update(params, grads, buffers, group, self.norm, self.lr_in_momentum)
-                continue
-            self._fused[number].update(
-                params,
-                grads,
-                buffers,
-                [follower.pop(p, None) for p in params],
-                lr=group["lr"],
-                decay=decay,
-                finite=finite,
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                eta=group["eta"] if group["adapt"] else None,
-                sum_of_norms=self.norm == "sum",
-                lr_in_momentum=self.lr_in_momentum,
-            )
+            own, others = self._dispatch.split(params)
+            if own:
+                self._dispatch.fused[number].update(
+                    own,
+                    _gradients(own),
+                    [self._buffer(p) for p in own],
+                    [self._dispatch.take(averages, p) for p in own],
+                    lr=group["lr"],
+                    decay=decay,
+                    finite=finite,
+                    momentum=group["momentum"],
+                    weight_decay=group["weight_decay"],
+                    eta=group["eta"] if group["adapt"] else None,
+                    sum_of_norms=self.norm == "sum",
+                    lr_in_momentum=self.lr_in_momentum,
+                )
+            if others and (finite is None or bool(finite)):
+                for update, some in others:
+                    buffers = [self._buffer(p) for p in some]
+                    grads = _gradients(some)
+                    update(some, grads, buffers, group, self.norm, self.lr_in_momentum)
 
     def _buffer(self, p: Tensor) -> Tensor:
+        """The momentum of a parameter, in its memory order."""
         state = self.state[p]
-        if "momentum_buffer" not in state:
+        if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(p)
-        buffer: Tensor = state["momentum_buffer"]
+        buffer: Tensor = laid_out_as(p, state["momentum_buffer"])
+        state["momentum_buffer"] = buffer
         return buffer
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but a tensor lr stays the same tensor (a graph may hold its address)."""
-        own = [group["lr"] for group in self.param_groups]
+        """As torch's, but tensors stay the ones they are (a graph may hold their addresses): lr,
+        and momentum, which is copied into the parameter's memory order.
+
+        Raises ValueError for momentum of another shape than its parameter's; nothing is loaded.
+        """
+        given = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(given, params, strict=False):
+            buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if buffer is not None and buffer.shape != p.shape:
+                raise ValueError(
+                    f"momentum of parameter {index} has shape {list(buffer.shape)}, the parameter "
+                    f"{list(p.shape)}: the state is of another network"
+                )
+        rates = [group["lr"] for group in self.param_groups]
+        kept = {p: self._buffer(p) for p in params if p in self.state}
         super().load_state_dict(state_dict)
-        for group, lr in zip(self.param_groups, own, strict=True):
+        for group, lr in zip(self.param_groups, rates, strict=True):
             loaded = float(group["lr"])
             group["lr"] = lr.fill_(loaded) if isinstance(lr, Tensor) else loaded
+        for p in params:
+            loaded = self.state.get(p, {}).get("momentum_buffer")
+            if loaded is not None:
+                own = kept[p] if p in kept else torch.empty_like(p)
+                self.state[p]["momentum_buffer"] = own.copy_(loaded)
 
 
-def _choose(params: list[Tensor]) -> str:
-    """What "auto" means for these parameters."""
-    if params and params[0].is_cuda:
-        try:
-            from byol_fast.updates.fused_update import misfit
-        except ImportError:  # no Triton
-            return "foreach"
-        return "foreach" if misfit(params) else "fused"
-    return "foreach"
-
-
-def _fused_groups(params: list[Tensor], groups: int) -> list[FusedGroup]:
-    from byol_fast.updates.fused_update import FusedGroup, misfit
-
-    if reason := misfit(params):
-        raise ValueError(f"impl='fused' cannot take these parameters: {reason}; use 'foreach'")
-    return [FusedGroup() for _ in range(groups)]
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -261,33 +265,3 @@ def param_groups(
         {"params": excluded, "weight_decay": 0.0, "adapt": False},
     ]
     return [group for group in groups if group["params"]]
-
-
-@torch.no_grad()
-def ema_(
-    target: list[Tensor],
-    online: list[Tensor],
-    decay: float | Tensor,
-    *,
-    finite: Tensor | None = None,
-) -> None:
-    """target = decay·target + (1 − decay)·online, in place, as multi-tensor calls.
-
-    Give parameters, not buffers, and keep them fp32: at decay .996 and above a bf16 average stands
-    still. `decay` may be a 0-d tensor on the parameters' device; nothing is read back from it.
-    Where `finite`, a 0-d bool tensor, is False the target stays (`online` must be finite all the
-    same). Empty lists are fine: SimSiam has no target.
-    """
-    if not target or (finite is not None and not finite.is_cuda and not bool(finite)):
-        return
-    share = 1.0 - decay
-    if finite is not None and finite.is_cuda:
-        share = torch.where(finite, share, 0.0)
-    if not isinstance(share, Tensor):
-        torch._foreach_lerp_(target, online, share)
-        return
-    # _foreach_lerp_ takes host scalars only, so the same lerp in three calls.
-    weight = share.to(target[0].dtype)
-    step = torch._foreach_sub(online, target)
-    torch._foreach_mul_(step, weight)
-    torch._foreach_add_(target, step)

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 
 from byol_fast.cli import PretrainCall, pretrain_arguments
 from byol_fast.config import Config
-from byol_fast.errors import CheckpointError, Diverged, Exit, Preempted, SaveError
+from byol_fast.errors import (
+    CaptureError,
+    CheckpointError,
+    Diverged,
+    Exit,
+    OutOfMemory,
+    Preempted,
+    SaveError,
+)
 from byol_fast.session.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -66,9 +74,13 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
     except DataError as error:
         return _failed(Exit.DATA, error)
     except (_Mistake, MissingBackend) as error:
+        notes.report(error)  # it may be this rank's alone, and the others wait for it
         return _failed(Exit.USAGE, error)
     except CheckpointError as error:
         return _failed(Exit.NO_CHECKPOINT, error)
+    except (CaptureError, OutOfMemory) as error:
+        notes.report(error)
+        return _failed(Exit.FAILED, error)
     except SaveError as error:
         return _failed(Exit.FAILED, error)
     except Diverged as error:
@@ -95,7 +107,7 @@ def _ends_well(call: PretrainCall, world: World, signal: StopSignal) -> Exit:
 
 def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failures) -> None:
     """One session of a run: from the data and the newest checkpoint to the exported backbone."""
-    from byol_fast.assemble import assemble, build_model
+    from byol_fast.assemble import assemble
     from byol_fast.session.opening import open_data
     from byol_fast.session.outcome import finish
     from pipelines.errors import DataError
@@ -109,7 +121,9 @@ def pretrain(call: PretrainCall, world: World, signal: StopSignal, notes: Failur
 
             replay(resolved, data, *call.replay, rank=world.rank)
         elif call.dry_run:
-            build_model(resolved.config, world)  # its backbone and hidden layer may not exist
+            from byol_fast.session import dryrun
+
+            dryrun.check(resolved.config, world)
     if call.dry_run or call.replay is not None:
         return
     with contextlib.ExitStack() as stack:

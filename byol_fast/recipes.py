@@ -8,6 +8,7 @@ A value set by hand always wins.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ COMMON: dict[str, Any] = {
     "input.semantics": "deepmind",
     "input.crop_area_min": 0.08,
     "input.views": "byol",
-    "optim.warmup_epochs": 10,
+    "optim.warmup_epochs": 10.0,
     "optim.variant": "paper",
     "model.stem": "imagenet",
     "model.hidden_size": 4096,
@@ -135,7 +136,7 @@ RECIPES: dict[str, Recipe] = {
             "image_size": 32,
             "input.crop_area_min": 0.2,
             "input.views": "no-blur",
-            "optim.warmup_epochs": 1,
+            "optim.warmup_epochs": 1.0,
             "optim.variant": "sgd",
             "model.hidden_size": 512,
             "monitor.eval_every": 4,
@@ -166,6 +167,9 @@ def fill(config: Config) -> Config:
         "optim.weight_decay": row.weight_decay,
         "model.target_decay": row.target_decay,
     }
+    # A warm-up that fills the run would never reach the cosine: a tenth of the run then.
+    if values["optim.warmup_epochs"] >= epochs:
+        values["optim.warmup_epochs"] = epochs / 10
     return replace(config, {name: v for name, v in values.items() if get(config, name) is None})
 
 
@@ -199,6 +203,8 @@ class Resolved:
             f"weight decay {self.weight_decay:g}, "
             + (f"EMA decay {self.target_decay:g} → 1" if c.model.momentum else "no moving average"),
         ]
+        if c.model.norm == "batch":
+            lines.append(self.split.statistics())
         if c.model.method != "byol":
             lines.append(f"not as in the paper: {c.model.method} (--model.method)")
         if self.stop_after < self.total_steps:
@@ -214,10 +220,10 @@ class Resolved:
 
     def _warmup(self) -> str:
         epochs = self.config.optim.warmup_epochs
-        asked = _steps(epochs, self.samples, self.global_batch)
-        if asked != self.warmup_steps:
-            return f"{self.total_steps} // 10, as {epochs} epochs ({asked} steps) is the whole run"
-        return f"{epochs} epochs × {self.samples} images // {self.global_batch}"
+        text = f"{epochs:g} epochs × {self.samples} images // {self.global_batch}"
+        if self.warmup_steps == self.total_steps:
+            text += ": the learning rate rises until the run ends, and the cosine is never reached"
+        return text
 
 
 def resolve(
@@ -231,7 +237,8 @@ def resolve(
         before: how the session that is resumed had shared out the batch.
 
     Raises:
-        ValueError: the batch cannot be shared out over the ranks.
+        ValueError: the batch cannot be shared out over the ranks, or the warm-up set by hand is
+            longer than the run.
         DataError: the batch is larger than the data set.
     """
     from pipelines.plan import too_few_images  # here: `--help` needs no numpy
@@ -250,6 +257,12 @@ def resolve(
         raise too_few_images(batch, samples, shares=batch // split.micro_batch, least=2)
     total = _steps(filled.epochs, samples, batch)
     warmup = _steps(filled.optim.warmup_epochs, samples, batch)
+    if warmup > total:
+        raise ValueError(
+            f"--optim.warmup-epochs {filled.optim.warmup_epochs:g} ({warmup} steps) is longer than "
+            f"the run of {filled.epochs} epochs ({total} steps): use {filled.epochs} at most, or "
+            f"leave it out for the recipe's"
+        )
     return Resolved(
         config=filled,
         samples=samples,
@@ -260,15 +273,14 @@ def resolve(
         weight_decay=filled.optim.weight_decay,
         target_decay=filled.model.target_decay,
         total_steps=total,
-        # A warm-up that fills the run would never reach the cosine: a tenth of the run then.
-        warmup_steps=warmup if warmup < total else total // 10,
+        warmup_steps=warmup,
         stop_after=min(total, filled.run.max_steps or total),
     )
 
 
-def _steps(epochs: int, samples: int, batch: int) -> int:
+def _steps(epochs: float, samples: int, batch: int) -> int:
     """As the authors count and as `pipelines.plan.total_steps`, which this must equal."""
-    return epochs * samples // batch
+    return math.floor(Fraction(str(epochs)) * samples / batch)  # .3 as it is written
 
 
 def _together(config: Config, ranks: int) -> int:

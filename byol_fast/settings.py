@@ -72,7 +72,7 @@ class OptimConfig(Section):
     prefix: ClassVar[str] = "optim"
     base_lr: float = of_recipe("learning rate at batch 256; times batch/256 at the peak", above=0)
     weight_decay: float = of_recipe("of weights; biases and norms have none", at_least=0)
-    warmup_epochs: int = of_recipe("linear warm-up from 0, then cosine to 0", at_least=0)
+    warmup_epochs: float = of_recipe("linear warm-up from 0, then cosine to 0", at_least=0)
     variant: Literal["paper", "lightly", "mmpretrain", "sgd"] = of_recipe(
         "LARS as the authors', as lightly's (the norms are summed), as mmpretrain's (that, and the "
         "rate inside the momentum), or no trust ratio at all"
@@ -160,8 +160,9 @@ class RunConfig(Section):
     """How it runs."""
 
     prefix: ClassVar[str] = "run"
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = of_recipe(
-        "of the networks; auto is bf16 on a GPU that has it, else fp32"
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = of_recipe(
+        "of the networks; auto is bf16 on a GPU that has it, else fp32. tf32 rounds what a GPU "
+        "multiplies to 10 bits of mantissa and adds up in fp32; fp32 does not round"
     )
     engine: Literal["auto", "eager", "compile", "graph"] = setting(
         "networks as they stand, through torch.compile, or that and the whole step as one CUDA "

@@ -15,7 +15,7 @@ from byol_fast.guard import Guard
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, ema_
 
-# What a precision computes in; fp32 is not among them.
+# What a precision computes in; fp32 and tf32 are not among them.
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,7 +36,7 @@ def train_step(
     *,
     accumulate: int,
     decay: Tensor | float,  # τ of this step
-    autocast_dtype: torch.dtype | None = None,  # None: fp32
+    autocast_dtype: torch.dtype | None = None,  # None: fp32 or tf32
     scaler: torch.amp.GradScaler | None = None,
     guard: Guard | None = None,
 ) -> StepOutput:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 from byol_fast import graphed, monitor
 from byol_fast.compiled import Networks
 from byol_fast.distributed import World, data_parallel
-from byol_fast.errors import Diverged, Preempted
+from byol_fast.errors import Diverged, OutOfMemory, Preempted
 from byol_fast.guard import Guard
+from byol_fast.memory import is_out_of_memory
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, set_lr
 from byol_fast.schedules import learning_rate, target_decay
@@ -23,6 +23,7 @@ from byol_fast.session.async_checkpoint import CheckpointWriter
 from byol_fast.session.clock import Clock
 from byol_fast.session.divergence import NonFinite
 from byol_fast.session.measuring import Measuring
+from byol_fast.session.plan import RunPlan
 from byol_fast.session.runfolder import RunFolder
 from byol_fast.session.saving import Saving
 from byol_fast.session.signals import StopSignal
@@ -31,28 +32,6 @@ from byol_fast.watching import gauges
 from byol_fast.watching.online_eval import OnlineEvaluation, save_view_pairs
 from byol_fast.watching.probe import OnlineProbe
 from pipelines.pipeline import ViewPipeline, Views
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """The run in numbers; a step is an optimizer step, τ the target's decay."""
-
-    total_steps: int
-    warmup_steps: int
-    peak_lr: float
-    target_decay: float  # τ at step 0
-    global_batch: int
-    seed: int
-    precision: str  # fp32 | bf16 | fp16
-    stop_after: int  # this session trains no further; the schedules still end at total_steps
-    log_every: int  # steps
-    eval_every: int  # epochs; 0: only before the first and after the last step
-    checkpoint_steps: int  # 0: by time alone
-    checkpoint_minutes: float
-    keep_checkpoints: int
-    keep_every: Fraction | None  # steps
-    stop_collapsed: bool
-    stop_nonfinite: bool
 
 
 class Trainer:
@@ -72,11 +51,13 @@ class Trainer:
         probe: OnlineProbe | None,
         runlog: monitor.RunLog,
         identity: dict[str, Any],  # whom a checkpoint belongs to: configuration, data, model
+        out_of_memory_advice: Callable[[], str],  # what to change where a step does not fit
         graph: bool = False,  # whether the step becomes a CUDA graph
     ) -> None:
         self.world, self.folder, self.plan, self.model = world, folder, plan, model
         self.optimizer, self.pipeline, self.probe = optimizer, pipeline, probe
         self.runlog, self.identity = runlog, identity
+        self._out_of_memory_advice = out_of_memory_advice
         with graphed.side_stream(world.device) if graph else nullcontext():
             self.networks = replace(networks, online=data_parallel(networks.online, world))
         self.lr, self.decay = 0.0, plan.target_decay
@@ -129,9 +110,10 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "probe": self.probe.state_dict() if self.probe else {},
-            "seconds": self.clock.seconds,
+            "seconds": self.clock.so_far,  # its steps reach beyond the last line of the log
             "skipped_steps": self.nonfinite.total,
             "evaluation_owed": self.measuring.owed,
+            "evaluations_failed": self.measuring.failed,
             **self.identity,
         }
 
@@ -152,6 +134,7 @@ class Trainer:
         self.saving.resumed(self.step)
         self.nonfinite.total = state.get("skipped_steps", 0)
         self.measuring.owed = state.get("evaluation_owed", False)
+        self.measuring.failed = state.get("evaluations_failed", 0)
         self.clock, self._seconds_before = Clock(state["seconds"], self.step), state["seconds"]
 
     @property
@@ -164,6 +147,7 @@ class Trainer:
 
         Raises:
             Diverged: steps were not finite or the embeddings collapsed, and policy says stop.
+            OutOfMemory: a step did not fit; on the ranks where it did not.
             Preempted: a signal ended the run; its checkpoint is written.
             SaveError: a checkpoint could not be written.
         """
@@ -176,15 +160,14 @@ class Trainer:
         views = self.pipeline.steps(self.step, stop)
         self.clock.lap()
         while self.step < stop:
-            output = self._one_step(views)
-            self.after_step(output, signal, stop)
+            self.after_step(self._fitting_step(views), signal, stop)
         return self.step >= self.plan.total_steps
 
     def after_step(self, output: StepOutput, signal: StopSignal, stop: int) -> None:
         """What is due after a step: log, evaluation, checkpoint, and the end if a signal asks."""
         if self.step % self.plan.log_every == 0 or self.step in (1, stop):
             self._log(output)
-        if self._evaluation_due():
+        if self.plan.evaluation_due(self.step, self.pipeline.stream.images_per_epoch):
             self.measuring.measure(self.step, signal, self.clock)
         ending, saving, failed = self.world.any(
             signal.received, self.saving.due(self.step, stop), self.saving.failed
@@ -202,6 +185,19 @@ class Trainer:
         if ending:
             name = signal.name or "a signal to another rank"
             raise Preempted(f"{name} at step {self.step}, before training")
+
+    def _fitting_step(self, views: Iterator[Views]) -> StepOutput:
+        try:
+            return self._one_step(views)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Here the error is gone, and with it what its frames kept in memory.
+        raise OutOfMemory(
+            f"out of memory in step {self.step + 1}, rank {self.world.rank}: {reason} "
+            f"{self._out_of_memory_advice()}"
+        )
 
     def _one_step(self, views: Iterator[Views]) -> StepOutput:
         plan, taken = self.plan, list[Views]()
@@ -280,16 +276,8 @@ class Trainer:
 
     def _gauges(self, output: StepOutput) -> dict[str, float]:
         # Not the predictions: the predictor says the mean of the targets at first (see alarms.py).
-        z = output.projection.float()
-        first, second = z.chunk(2)
         assert output.gradient_norm is not None
-        device_values = {
-            "grad_norm": output.gradient_norm,
-            "embedding_std": gauges.embedding_std(z),
-            "rankme": gauges.rankme(z),
-            "alignment": gauges.alignment(first, second),
-            "uniformity": gauges.uniformity(z),
-        }
+        device_values = {"grad_norm": output.gradient_norm, **gauges.of(output.projection)}
         if self.probe is not None:
             device_values["probe_loss"] = self._probe_loss
         loss = self.world.mean(output.loss.detach().double().cpu())
@@ -301,15 +289,6 @@ class Trainer:
             "target_decay": self.decay,
             **dict(zip(device_values, numbers, strict=True)),
         }
-
-    def _evaluation_due(self) -> bool:
-        if self.step == self.plan.total_steps:
-            return True
-        images = self.pipeline.stream.images_per_epoch
-        epochs = self.step * self.plan.global_batch // images
-        before = (self.step - 1) * self.plan.global_batch // images
-        every = self.plan.eval_every
-        return every > 0 and epochs // every > before // every
 
     def _save(self, *, wait: bool) -> None:
         """Hand a checkpoint to the writer; with `wait`, until it is on the disk."""

@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from byol_fast import checkpoint
 from byol_fast.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
 METADATA_KEY = "byol_fast"  # of the safetensors metadata
 _ONLINE = "online.encoder.backbone."  # where a training checkpoint keeps the backbone
+_STEP = re.compile(r"step-(\d{8,})\.pt")  # a checkpoint's name
 _EXPORTS = ("exports/backbone.safetensors", "backbone.safetensors")  # in a run folder
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A backbone's tensors as read from `file`, and what the file says about them."""
+    """A backbone's tensors as read from `file`, and what the file says about them.
+
+    A pretraining that is still running replaces and removes its files, so nothing here reads the
+    path again.
+    """
 
     file: Path
     tensors: dict[str, Tensor]  # torchvision's keys where it is a torchvision network
     meta: dict[str, Any]  # {} for a plain state dict, which describes nothing
+    sha256: str = ""  # of the very bytes that `tensors` were read from
 
     @property
-    def sha256(self) -> str:
-        return checkpoint.file_hash(self.file)
+    def folder(self) -> Path:
+        """Where results of these weights go: the run folder for a checkpoint of a run, whose own
+        folder belongs to the pretraining; else the folder of the file."""
+        own = self.file.parent
+        of_a_run = own.name == "checkpoints" and _STEP.fullmatch(self.file.name)
+        return own.parent if of_a_run else own
+
+    @cached_property
+    def tensors_sha256(self) -> str:
+        """The same for every file that holds these tensors: a checkpoint, its exports."""
+        total = hashlib.sha256()
+        named = {key.removeprefix("net."): value for key, value in self.tensors.items()}
+        for key in sorted(named):
+            if not key.endswith("num_batches_tracked"):  # exports add it where it is missing
+                value = named[key].detach().cpu().contiguous()
+                total.update(f"{key} {value.dtype} {[*value.shape]}".encode())
+                total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
 
 
 def read_weights(path: Path | str) -> Weights:
@@ -43,12 +73,17 @@ def read_weights(path: Path | str) -> Weights:
             f"{path} does not exist: name an exported backbone (.safetensors, .pth), a run folder "
             "or a checkpoint (step-*.pt)"
         )
+    if checkpoint.has_hash(path):  # under other names a `.sha256` is somebody else's
+        return _from_checkpoint(path)
+    return _from_bytes(path, _bytes(path))
+
+
+def _from_bytes(path: Path, data: bytes) -> Weights:
+    """An exported backbone, or a checkpoint that came without its hash file."""
     if path.suffix == ".safetensors":
-        return _from_safetensors(path)
-    if checkpoint.has_hash(path):
-        return _from_training(path, checkpoint.load(path))
+        return _from_safetensors(path, data)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         raise CheckpointError(
             f"{path} is not a file of plain tensors and was not loaded, nothing in it was "
@@ -56,7 +91,7 @@ def read_weights(path: Path | str) -> Weights:
             + (foreign(path) or "Export the weights again as .safetensors or as a state dict")
         ) from error
     if isinstance(content, dict) and "hyper" in content and "model" in content:
-        return _from_training(path, content)
+        return _from_training(path, content, _sha256(data))
     if (
         not isinstance(content, dict)
         or not content
@@ -67,7 +102,7 @@ def read_weights(path: Path | str) -> Weights:
             f"{path} holds a {type(content).__name__} {found}, not a state dict. "
             + (foreign(path) or "Save the backbone's own state_dict()")
         )
-    return Weights(path, content, {})
+    return Weights(path, content, {}, _sha256(data))
 
 
 def foreign(path: Path, keys: Iterable[str] | None = None) -> str:
@@ -87,32 +122,79 @@ def foreign(path: Path, keys: Iterable[str] | None = None) -> str:
 def _from_folder(folder: Path) -> Weights:
     for name in _EXPORTS:
         if (folder / name).is_file():
-            return _from_safetensors(folder / name)
+            return _from_safetensors(folder / name, _bytes(folder / name))
     for checkpoints in (folder / "checkpoints", folder):
-        if (state := checkpoint.latest(checkpoints)) is not None:
-            return _from_training(checkpoints / f"step-{state['step']:08d}.pt", state)
+        if (weights := _newest(checkpoints)) is not None:
+            return weights
     raise CheckpointError(
         f"{folder} holds no weights: neither {_EXPORTS[0]} nor checkpoints/step-*.pt is there. "
         "Name a run folder, or a weights file"
     )
 
 
-def _from_safetensors(path: Path) -> Weights:
+def _newest(folder: Path) -> Weights | None:
+    """Of the newest checkpoint that is whole; None where there is none at all."""
+    refused: dict[Path, CheckpointError] = {}
+    # Listed anew each time: the run that writes here may rotate away what was listed before.
+    while path := next((p for p in _checkpoints(folder) if p not in refused), None):
+        try:
+            return _from_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("skipped %s", error)
+            refused[path] = error
+    if not refused:
+        return None
+    listed = "\n  ".join(map(str, refused.values()))
+    raise CheckpointError(f"no checkpoint in {folder} can be loaded:\n  {listed}")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The newest step first."""
+    named = {path: _STEP.fullmatch(path.name) for path in folder.glob("step-*.pt")}
+    steps = {path: int(match[1]) for path, match in named.items() if match}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
+def _from_checkpoint(path: Path) -> Weights:
+    """A checkpoint of pretraining, read once and compared with the hash beside it."""
+    data, hash_path = _bytes(path), path.with_name(path.name + ".sha256")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            meta = dict(json.loads((file.metadata() or {}).get(METADATA_KEY, "{}")))
-    except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
+        expected = hash_path.read_bytes().strip()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: its hash file {hash_path.name} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{hash_path}: cannot be read: {error.strerror}") from error
+    if (digest := _sha256(data)).encode() != expected:  # it may be damaged itself
+        raise CheckpointError(f"{path}: content does not match {hash_path.name}: damaged")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read as plain data: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != checkpoint.FORMAT:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this program (format {checkpoint.FORMAT})"
+        )
+    return _from_training(path, state, digest)
+
+
+def _from_safetensors(path: Path, data: bytes) -> Weights:
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        meta = dict(json.loads((header.get("__metadata__") or {}).get(METADATA_KEY, "{}")))
+    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: damaged or incomplete ({_first_line(error)}). "
             "Export or copy it again"
         ) from error
+    digest = _sha256(data)
     if any(key.startswith(_ONLINE) for key in tensors):  # a full state: interop/state.py
-        return _from_training(path, {"model": tensors, "hyper": meta, "step": meta.get("steps")})
-    return Weights(path, tensors, meta)
+        state = {"model": tensors, "hyper": meta, "step": meta.get("steps")}
+        return _from_training(path, state, digest)
+    return Weights(path, tensors, meta, digest)
 
 
-def _from_training(path: Path, state: dict[str, Any]) -> Weights:
+def _from_training(path: Path, state: dict[str, Any], digest: str) -> Weights:
     tensors = {
         key.removeprefix(_ONLINE): value
         for key, value in state.get("model", {}).items()
@@ -123,7 +205,19 @@ def _from_training(path: Path, state: dict[str, Any]) -> Weights:
             f"{path} holds no backbone (no key begins with {_ONLINE}): it is no checkpoint of "
             "pretraining. Name a run folder, or an exported backbone"
         )
-    return Weights(path, tensors, {**state["hyper"], "steps": state.get("step")})
+    return Weights(path, tensors, {**state["hyper"], "steps": state.get("step")}, digest)
+
+
+def _bytes(path: Path) -> bytes:
+    """The whole file, in one reading: what is hashed and what is loaded cannot differ."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def some(names: Any, most: int = 3) -> str:

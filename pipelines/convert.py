@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -24,15 +23,16 @@ from typing import Any
 from pipelines.conversion.betoncheck import check_beton, check_text
 from pipelines.conversion.runner import convert
 from pipelines.conversion.storage import MODES, Storage
-from pipelines.errors import DataError
+from pipelines.cores import worker_threads
+from pipelines.errors import DataError, MissingBackend
 from pipelines.index import positive
 
 _EPILOG = """\
 modes, for images that are not plain JPEGs of the wanted size already (those are copied):
   jpeg      encode them as JPEGs of --quality
   lossless  store their pixels: nothing is lost, in about 8 times the space of a JPEG
-  raw       store the pixels of every image, JPEGs too: nothing is left to decode when training,
-            which pays for small images such as CIFAR's
+  raw       store the pixels of every image, JPEGs too: nothing is left to decode when training;
+            for small images, or with --max-side where the disk is large enough
 """
 
 
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return 4
+    except MissingBackend as error:
+        print(error, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 128 + (signal.SIGTERM if interrupted else signal.SIGINT)
@@ -110,7 +113,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.data = Path(args.data)
     elif args.out is None:
         parser.error("name the file to write: DIR OUT.beton")
-    args.workers = args.workers or len(os.sched_getaffinity(0))
+    args.workers = args.workers or worker_threads()
     return args
 
 

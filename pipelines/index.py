@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, MissingBackend
 from pipelines.indexbuild import make_index, root_listing
 from pipelines.indexfile import Index, keep, load, locations, save
 from pipelines.scan import printable, refuse_hidden
@@ -186,6 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return 4
+    except MemoryError as error:
+        print(f"out of memory ({error}): repeat with fewer --workers", file=sys.stderr)
+        return 1
+    except MissingBackend as error:
+        print(error, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: no index was written", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pipelines.errors import DataError
 from pipelines.indexfile import Index, Strings, fingerprint
 from pipelines.progress import Progress
-from pipelines.scan import EXTENSIONS, Bad, Listing, measure, printable, walk
+from pipelines.scan import EXTENSIONS, Bad, Listing, default_workers, measure, printable, walk
 
 
 def root_listing(root: bytes) -> str:
@@ -48,7 +48,7 @@ def make_index(
     if len(todo):
         paths = list(_paths(listed, todo))
         what = "verifying" if verify else "reading headers"
-        threads = workers or _default_workers(verify)
+        threads = workers or default_workers(verify)
         with Progress(what, len(todo), enabled=progress) as bar:
             sizes[todo], bad = measure(
                 raw_root, paths, verify=verify, workers=threads, progress=bar
@@ -72,11 +72,6 @@ def _nothing(root: Path, listed: Listing) -> str:
             "name the folder that holds the images"
         )
     return f"{root} is an empty folder: put {kinds} there, in class folders or not"
-
-
-def _default_workers(verify: bool) -> int:
-    cores = len(os.sched_getaffinity(0))
-    return cores if verify else min(32, 4 * cores)  # headers wait for the disk, decoding does not
 
 
 def _paths(listed: Listing, rows: npt.NDArray[np.int64]) -> Iterator[bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import Augment, choose
+from pipelines.cores import ranks_here, worker_threads
 from pipelines.plan import Place, Rows, RowStream
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store, open_store
@@ -233,9 +233,8 @@ def choose_backend(backend: str, store: Store, device: torch.device) -> str:
 
 
 def default_threads() -> int:
-    """This rank's share of the cores this process may run on, at least 1."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    """This rank's share of the cores this process may use, at least 1."""
+    return worker_threads(ranks_here())
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -18,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines import decode
+from pipelines.cores import worker_threads
 from pipelines.errors import BadImage, DataError
 from pipelines.progress import Progress
+from pipelines.reading import OF_THE_FILE, patiently, refusal
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "gif", "tif", "tiff", "ppm")
 
@@ -74,18 +77,19 @@ def walk(root: bytes, progress: Progress) -> Listing:
 
     Raises:
         OSError: the root itself cannot be listed.
+        DataError: the system cannot list a folder below it.
     """
     out = Listing(scanned_at=time.time_ns())
     todo: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [(b"", ())]
     while todo:
         folder, above = todo.pop()
         try:
-            info = os.stat(os.path.join(root, folder))  # before listing: later changes show
-            with os.scandir(os.path.join(root, folder)) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            info, entries = patiently(partial(_list, os.path.join(root, folder)))
         except OSError as error:
             if not folder:
                 raise
+            if error.errno not in OF_THE_FILE:
+                raise refusal(error, printable(os.path.join(root, folder))) from error
             out.bad.append(Bad(folder + b"/", f"the folder cannot be listed: {error.strerror}"))
             continue
         me = (info.st_dev, info.st_ino)
@@ -99,6 +103,12 @@ def walk(root: bytes, progress: Progress) -> Listing:
         out.mtimes.append(info.st_mtime_ns)
         out.first.append(len(out.names))
     return out
+
+
+def _list(folder: bytes) -> tuple[os.stat_result, list[os.DirEntry[bytes]]]:
+    info = os.stat(folder)  # before listing: later changes show
+    with os.scandir(folder) as found:
+        return info, sorted(found, key=lambda entry: entry.name)
 
 
 def _enter_files(
@@ -117,8 +127,10 @@ def _enter_files(
             if not entry.name.lower().endswith(_SUFFIXES):
                 out.ignored += 1
                 continue
-            info = entry.stat()
+            info = patiently(entry.stat)
         except OSError as error:
+            if error.errno not in OF_THE_FILE:
+                raise refusal(error, printable(entry.path)) from error
             out.bad.append(Bad(path, f"cannot be found: {error.strerror}"))
             continue
         if not stat.S_ISREG(info.st_mode):  # opening a named pipe would wait for ever
@@ -126,6 +138,12 @@ def _enter_files(
             continue
         out.names.append(entry.name)
         out.stats.extend((info.st_size, info.st_mtime_ns))
+
+
+def default_workers(verify: bool) -> int:
+    """Threads that read images: headers wait for the disk, decoding does not."""
+    cores = worker_threads()
+    return cores if verify else min(32, 4 * cores)
 
 
 def measure(
@@ -171,23 +189,28 @@ def measure_file(path: str | bytes, *, verify: bool) -> tuple[int, int]:
     """Height and width of one file.
 
     Raises:
-        BadImage: it cannot be read, or `decode.header` (`decode.verify`) refuses it.
+        BadImage: it may not be read, or `decode.header` (`decode.verify`) refuses it.
+        DataError: the system cannot read it.
     """
     try:
-        with open(path, "rb", opener=open_regular) as file:
-            if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
-                raise BadImage(f"{size:,} bytes are more than the limit of {_MAX_BYTES:,}")
-            if verify:
-                return decode.verify(file.read())
-            head = file.read(_HEAD_BYTES)
-            try:
-                return decode.header(head)
-            except BadImage:
-                if len(head) < _HEAD_BYTES:
-                    raise
-            return decode.header(head + file.read())
+        return patiently(partial(_measure_file, path, verify))
     except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+        raise refusal(error, printable(path)) from error
+
+
+def _measure_file(path: str | bytes, verify: bool) -> tuple[int, int]:
+    with open(path, "rb", opener=open_regular) as file:
+        if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
+            raise BadImage(f"{size:,} bytes are more than the limit of {_MAX_BYTES:,}")
+        if verify:
+            return decode.verify(file.read())
+        head = file.read(_HEAD_BYTES)
+        try:
+            return decode.header(head)
+        except BadImage:
+            if len(head) < _HEAD_BYTES:
+                raise
+        return decode.header(head + file.read())
 
 
 def open_regular(path: str | bytes, flags: int) -> int:

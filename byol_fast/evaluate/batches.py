@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from byol_fast.evaluate.decoding import open_pinned
 from byol_fast.evaluate.recipes import Recipe
+from byol_fast.evaluate.undecodable import readable
 from pipelines.augment import choose
-from pipelines.pipeline import open_source
 from pipelines.plan import Rows, RowStream
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store
@@ -60,14 +61,19 @@ class TrainingBatches:
         )
         self._labels = torch.as_tensor(store.labels, dtype=torch.int64)
         self._augment = choose(self._spec, device)
-        self._source = open_source(store, spec.image_size, device, backend=backend, threads=threads)
+        self._source = open_pinned(store, spec.image_size, device, backend=backend, threads=threads)
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self._stream.steps(0))
 
     def steps(self, first: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images `[b, 3, S, S]`, normalised, channels_last, and labels `[b]`; this rank's share."""
+        """Images `[b, 3, S, S]`, normalised, channels_last, and labels `[b]`; this rank's share,
+        without those that could not be decoded.
+
+        Raises:
+            DataError: that leaves none.
+        """
         pending: deque[tuple[int, Rows]] = deque()
 
         def feed() -> Iterator[Rows]:
@@ -80,7 +86,15 @@ class TrainingBatches:
             x = self._augment(crops, torch.from_numpy(rows.colours))[0]
             if self._recipe.lighting:
                 x += self._lighting(step)
-            yield x, self._labels[rows.ids].to(self._device, non_blocking=True)
+            y = self._labels[rows.ids]
+            if (kept := readable(rows.ids, self.bad)) is not None:
+                x, y = x[kept.to(x.device)].contiguous(memory_format=torch.channels_last), y[kept]
+            yield x, y.to(self._device, non_blocking=True)
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Row of the store -> reason, of the images that this rank could not decode."""
+        return self._source.bad
 
     def close(self) -> None:
         """Ends the source's threads."""

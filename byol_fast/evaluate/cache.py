@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byol_fast.evaluate.decoding import described
 from byol_fast.evaluate.features import Crop, Features, Gathered, stream
 from byol_fast.evaluate.parts import Parts
-from pipelines.pipeline import choose_backend
 from pipelines.progress import Progress
 from pipelines.spec import AugmentSpec
 from pipelines.stores import Store
 
-FORMAT = 1  # raised whenever the same key would give other features
+FORMAT = 2  # raised whenever the same key would give other features
 CHUNK_ROWS = 8192  # 64 MiB of a ResNet-50's features
 CHUNK_SECONDS = 30.0  # at most this much work is lost where images are slow
 
@@ -71,7 +71,7 @@ class FeatureCache:
             "normalisation": {k: asdict(spec)[k] for k in ("mean", "std")},
             "crop": crop,
             "pooling": pooling,
-            "decoder": choose_backend(backend, store, device),
+            "reading": described(backend, store, device),
             "precision": "bf16" if on_gpu else "fp32",
         }
 

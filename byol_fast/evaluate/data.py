@@ -30,7 +30,7 @@ class Subset:
         classes: tuple[str, ...] | None = None,
     ) -> None:
         self._store, self._ids = store, np.asarray(ids, dtype=np.int64)
-        self.encoded = store.encoded
+        self.encoded, self.verified = store.encoded, getattr(store, "verified", False)
         self.sizes = np.asarray(store.sizes)[self._ids]
         self.labels = np.asarray(store.labels[self._ids] if labels is None else labels, np.int32)
         self.classes = store.classes if classes is None else classes
@@ -56,6 +56,7 @@ class Labelled:
     test: Store
     classes: tuple[str, ...]
     source: str  # in words, for the output
+    numbers: Ids | None = None  # [C] labels of the classes in the store given, if others than here
 
 
 def prepare(
@@ -64,7 +65,8 @@ def prepare(
     """Pairs a training with a test set; without a test set, holds out `share` of the training set.
 
     Test classes are matched to training classes by name, so a test folder may hold fewer classes,
-    or number them differently. Images without a label are left out.
+    or number them differently. Images without a label are left out. Where classes have numbers
+    alone, only those with a training image are classes: numbers may have gaps (taxa, products).
 
     Raises:
         DataError: no labels, a single class, a test class the training set lacks, nothing to hold
@@ -72,7 +74,9 @@ def prepare(
     """
     same = test is not None and test.fingerprint == train.fingerprint  # before rows are left out
     train, note = _labelled_part(train, where)
-    classes = _class_names(train)
+    train, classes, numbers = _without_gaps(train)
+    if numbers is not None:
+        note += f"; class numbers from {numbers[0]} to {numbers[-1]} have gaps"
     if len(present := np.unique(train.labels)) < 2:
         raise DataError(
             f"{where} holds one class only ({classes[present[0]]!r}): at least two are needed to "
@@ -91,6 +95,7 @@ def prepare(
             classes=classes,
             source=f"{len(test_ids)} images, a held-out {share:.0%} of {where} stratified by class "
             f"and chosen by a hash of the file names{note}",
+            numbers=numbers,
         )
     if same:
         raise DataError(
@@ -103,6 +108,7 @@ def prepare(
         test=_whole(test, _matched(test, classes, where), classes),
         classes=classes,
         source=f"the {len(test)} images of the test set{note}{test_note}",
+        numbers=numbers,
     )
 
 
@@ -158,6 +164,21 @@ def _labelled_part(store: Store, where: str) -> tuple[Store, str]:
         return store, ""
     left_out = len(store) - len(rows)
     return Subset(store, rows), f"; {left_out} images of {where} without a label are left out"
+
+
+def _without_gaps(store: Store) -> tuple[Store, tuple[str, ...], Ids | None]:
+    """The store with labels from 0, the names of its classes, and what their labels were."""
+    names, labels = store.classes, np.asarray(store.labels)
+    if names and names != tuple(map(str, range(len(names)))):
+        return store, names, None  # each is a class, with or without an image
+    present = np.unique(labels).astype(np.int64)
+    if len(present) == max(int(present[-1]) + 1, len(names)):
+        return store, names or tuple(map(str, present)), None
+    told = tuple(map(str, present))
+    labels = np.searchsorted(present, labels)
+    # Without names it stays without: the split is then by file names alone.
+    whole = Subset(store, np.arange(len(store)), labels=labels, classes=told if names else ())
+    return whole, told, present
 
 
 def _class_names(store: Store) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from byol_fast.evaluate import undecodable
+from byol_fast.evaluate.decoding import open_pinned
 from pipelines.augment import reference
 from pipelines.crops import Windows
 from pipelines.errors import DataError
-from pipelines.pipeline import open_source
 from pipelines.plan import Rows, centre_windows
 from pipelines.progress import Progress
 from pipelines.spec import AugmentSpec, Colour
 from pipelines.stores import Store
-
-log = logging.getLogger(__name__)
 
 Crop: TypeAlias = Literal["centre", "square", "whole"]
 
@@ -78,9 +76,7 @@ class Gathered:
             raise DataError(f"none of the {len(store)} images could be decoded{reason}")
         ids = torch.from_numpy(kept)
         if bad:
-            log.warning(
-                "%d images could not be decoded and are left out of the evaluation", len(bad)
-            )
+            undecodable.warn(store, bad)
             features = features[ids]
         labels = torch.as_tensor(np.asarray(store.labels)[kept], dtype=torch.int64)
         return Features(features, labels, ids, bad, seconds, stored)
@@ -156,7 +152,7 @@ def stream(
     device = torch.device(device)
     spec = replace(spec or AugmentSpec(), image_size=image_size)
     backbone = backbone.to(device)
-    source = open_source(store, image_size, device, backend=backend, threads=threads)
+    source = open_pinned(store, image_size, device, backend=backend, threads=threads)
     meter = Progress(label, len(store) - start, enabled=progress)
     try:
         with evaluating(backbone), meter:

@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from byol_fast import checkpoint, norm
 from byol_fast.distributed import World, data_parallel
 from byol_fast.errors import Diverged, Preempted
+from byol_fast.evaluate import undecodable
 from byol_fast.evaluate.batches import TrainingBatches
 from byol_fast.evaluate.heads import Classifier
 from byol_fast.evaluate.recipes import Recipe
@@ -40,8 +41,9 @@ class Trained:
     """How a training went."""
 
     steps: int
-    final_loss: float  # mean over the last epoch, summed over the classifiers; rank 0's share
+    final_loss: float  # mean over the last epoch and the ranks, summed over the classifiers
     images_per_second: float  # over all ranks; 0 where nothing was left to do
+    bad: dict[int, str]  # row of the store -> reason, of images that were left out on any rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ def train(
         resume: where to go on from, and to leave checkpoints; None keeps nothing.
 
     Raises:
-        DataError: fewer images than a batch.
+        DataError: fewer images than a batch, or a batch of which none could be decoded.
         ValueError: the checkpoints belong to another training, or ranks do not divide the batch.
         Diverged: the loss is not finite.
         Preempted: a signal came; with `resume` a checkpoint has been written.
@@ -108,13 +110,18 @@ def train(
         with StopSignal() as stop, meter, _own_randomness(world.device):
             for x, y in batches.steps(first, total):
                 run.train_step(x, y)
+                run.bad.update(batches.bad)
                 meter.advance(recipe.batch_size)
                 run.look(stop)
         seconds = time.monotonic() - started
+        bad = run.all_bad()
+        if world.is_main:
+            undecodable.warn(store, bad)
         return Trained(
             steps=total,
             final_loss=run.mean_loss(),
             images_per_second=images / seconds if images else 0.0,
+            bad=bad,
         )
     finally:
         batches.close()
@@ -136,6 +143,7 @@ class _Run:
     ) -> None:
         self.recipe, self.total, self.world = recipe, total, world
         self.seed, self.resume, self.step = seed, resume, 0
+        self.bad: dict[int, str] = {}  # row -> reason, of this rank's images
         steps_per_epoch = max(1, images // recipe.batch_size)
         self.module = module.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if recipe.slow_norms:
@@ -183,7 +191,12 @@ class _Run:
             self._save()
 
     def mean_loss(self) -> float:
-        return torch.stack(list(self.losses)).mean().item()
+        """Over the ranks too: each has seen its share of every batch."""
+        return self.world.mean(torch.stack(list(self.losses)).mean().cpu()).item()
+
+    def all_bad(self) -> dict[int, str]:
+        """Those of every rank."""
+        return {row: why for bad in self.world.gather(self.bad) for row, why in bad.items()}
 
     def _save(self) -> None:
         if self.resume is None or not self.world.is_main:
@@ -193,6 +206,7 @@ class _Run:
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "losses": torch.stack(list(self.losses)),
+            "bad": {str(row): why for row, why in self.bad.items()},
         }
         checkpoint.save(self.resume.folder, self.step, state)
         self._saved = time.monotonic()
@@ -212,6 +226,7 @@ class _Run:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses.extend(state["losses"])
+        self.bad = {int(row): why for row, why in state.get("bad", {}).items()}
         self.step = state["step"]
 
 

@@ -39,7 +39,7 @@ def predict(
     """
     _check(bank, bank_labels, queries, classes, k, temperature)
     similarities, indices = neighbours(bank, queries, k=k, device=device)
-    return vote(similarities, bank_labels.cpu()[indices], classes=classes, temperature=temperature)
+    return vote(similarities, bank_labels.cpu()[indices], temperature=temperature)
 
 
 def accuracy(
@@ -87,7 +87,7 @@ def accuracies(
     labels, truth = bank_labels.cpu()[indices], query_labels.cpu()
     result = {}
     for k in ks:  # neighbours come nearest first, so the first k of max(ks) are the k nearest
-        guess = vote(similarities[:, :k], labels[:, :k], classes=classes, temperature=temperature)
+        guess = vote(similarities[:, :k], labels[:, :k], temperature=temperature)
         result[k] = (guess == truth).double().mean().item()
     return result
 
@@ -117,7 +117,6 @@ def vote(
     similarities: Tensor,  # [q, k]
     labels: Tensor,  # [q, k]
     *,
-    classes: int,
     temperature: float,
 ) -> Tensor:  # [q] int64
     """The class with the largest sum of exp(s / T); on equal sums the lower class."""
@@ -125,8 +124,10 @@ def vote(
     # CPU, since CUDA's scatter_add sums in no fixed order.
     scores = similarities.cpu().double()
     weights = torch.exp((scores - scores.amax(dim=1, keepdim=True)) / temperature)
-    votes = torch.zeros(len(scores), classes, dtype=torch.float64)
-    return votes.scatter_add_(1, labels.cpu(), weights).argmax(dim=1)
+    # A column for each class that occurs, in their order: numbers may be those of taxa or products.
+    present, labels = torch.unique(labels.cpu(), return_inverse=True)
+    votes = torch.zeros(len(scores), len(present), dtype=torch.float64)
+    return present[votes.scatter_add_(1, labels, weights).argmax(dim=1)]
 
 
 def raw_pixel_features(

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def result_path(out: Path | None, weights: Weights, recipe: str, fingerprint: str) -> Path:
-    """`out`, or a file beside the weights that has recipe and test data in its name.
+    """`out`, or a file in the weights' folder that has recipe and test data in its name.
 
     Raises:
         ValueError: it could not be written there; better known before an hour of training.
     """
     name = f"{weights.file.stem}.{recipe}-{fingerprint[:8]}.json"
-    where = Path(out or weights.file.with_name(name))
+    where = Path(out or weights.folder / name)
     where.parent.mkdir(parents=True, exist_ok=True)
     if where.is_dir() or not os.access(where.parent, os.W_OK):
         raise ValueError(f"the result cannot be written to {where}: name a file with --out")
@@ -32,6 +32,8 @@ def result_path(out: Path | None, weights: Weights, recipe: str, fingerprint: st
 
 def provenance(args: argparse.Namespace, network: Network, labelled: Labelled) -> dict[str, Any]:
     """What the figures belong to: weights, images, machine, versions."""
+    from byol_fast.evaluate import decoding
+
     about_data = {
         "train": args.data,
         "train_fingerprint": labelled.train.fingerprint,
@@ -40,7 +42,8 @@ def provenance(args: argparse.Namespace, network: Network, labelled: Labelled) -
         "tested_on": labelled.source,
         "classes": len(labelled.classes),
     }
-    return {**about(args, network), "data": about_data}
+    reading = decoding.described(network.backend, labelled.test, network.device)
+    return {**about(args, network), "reading": reading, "data": about_data}
 
 
 def about(args: argparse.Namespace, network: Network) -> dict[str, Any]:
@@ -70,6 +73,7 @@ def head_of(network: Network, crop: str) -> dict[str, Any]:
     weights = network.weights
     return {
         "weights_sha256": weights.sha256,
+        "weights_tensors_sha256": weights.tensors_sha256,
         "weights_file": weights.file.name,
         "image_size": network.image_size,
         "crop": crop,

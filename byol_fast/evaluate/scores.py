@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,16 @@ def score(guesses: Tensor, labels: Tensor, classes: int) -> Scores:
     )
 
 
-def measure(
-    module: nn.Module, store: Store, classes: int, **reading: Any
-) -> tuple[list[Scores], int, int]:
-    """Scores of each of the classifiers in `module` on centre crops; images tested and left out.
+class Measured(NamedTuple):
+    """What a test found."""
+
+    each: list[Scores]  # one for each classifier
+    tested: int  # images
+    bad: dict[int, str]  # row of the store -> reason, of images that could not be decoded
+
+
+def measure(module: nn.Module, store: Store, classes: int, **reading: Any) -> Measured:
+    """Scores of each of the classifiers in `module` on centre crops.
 
     Args:
         module: images `[B, 3, S, S]` to a list of logits `[B, classes]`.
@@ -56,7 +62,7 @@ def measure(
     found = extract(_Guesses(module, k), store, **reading)
     guesses = found.features.to(torch.int64).unflatten(1, (-1, k))
     each = [score(guesses[:, i], found.labels, classes) for i in range(guesses.shape[1])]
-    return each, len(found.ids), len(found.bad)
+    return Measured(each, len(found.ids), found.bad)
 
 
 class _Guesses(nn.Module):

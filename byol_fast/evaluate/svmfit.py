@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from byol_fast.evaluate.ap import F64, average_precision
-from pipelines.errors import MissingBackend
+from pipelines.errors import import_problem
 
 Ids = npt.NDArray[np.int64]
 Draw = tuple[Ids, Ids]  # rows that show a class, and rows that do not
@@ -25,10 +25,9 @@ def classifier(cost: float) -> Any:
     """The published code's `LinearSVC`."""
     try:
         from sklearn.svm import LinearSVC
-    except ImportError as error:
-        raise MissingBackend(
-            "SVMs need scikit-learn: pip install '.[evaluate]' in the checkout"
-        ) from error
+    except Exception as error:
+        install = "pip install '.[evaluate]' in the checkout"
+        raise import_problem("scikit-learn", "sklearn", error, install) from error
     return LinearSVC(
         C=cost,
         class_weight={1: 2, -1: 1},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_fast.export import write_bytes
+from pipelines.errors import import_problem
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,15 @@ def write(net: nn.Module, path: Path, meta: Mapping[str, Any]) -> Path:
         ValueError: the file computes something else.
         OSError: disk full or read-only.
     """
+    install = "pip install '.[onnx]' in the checkout"
     try:
         import onnx
+    except Exception as error:
+        raise import_problem("ONNX", "onnx", error, install) from error
+    try:
         import onnxscript  # noqa: F401  torch's exporter needs it
-    except ImportError as error:
-        raise ImportError(
-            "ONNX needs packages of its own: pip install '.[onnx]' in the checkout"
-        ) from error
+    except Exception as error:
+        raise import_problem("onnxscript", "onnxscript", error, install) from error
     size = int(meta.get("image_size", 224))
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -72,8 +75,9 @@ def _props(model: Any) -> dict[str, str]:
 def _check(net: nn.Module, content: bytes, images: Tensor) -> None:
     try:
         import onnxruntime
-    except ImportError:
-        log.warning("onnxruntime is not installed: the file was not compared with the network")
+    except Exception as error:
+        problem = import_problem("onnxruntime", "onnxruntime", error, "pip install onnxruntime")
+        log.warning("the file was not compared with the network: %s", problem)
         return
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     for batch in (images, images[:1]):

@@ -11,7 +11,7 @@ class Clock:
     """Counts between laps; what happens while it is paused (evaluation) is left out."""
 
     def __init__(self, seconds: float = 0.0, step: int = 0) -> None:
-        self.seconds = seconds
+        self.seconds = seconds  # at the last lap that named a step
         self.step = step  # at the last lap
         self.waited = 0.0  # for data, at the last lap
         self._since = time.perf_counter()
@@ -23,6 +23,11 @@ class Clock:
         if step is not None:
             self.step, self.seconds = step, self.seconds + lap
         return lap
+
+    @property
+    def so_far(self) -> float:
+        """Seconds counted until now, between laps as well."""
+        return self.seconds + time.perf_counter() - self._since
 
     @contextmanager
     def paused(self) -> Iterator[None]:

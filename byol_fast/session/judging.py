@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import torch
 
 from byol_fast.distributed import World
+from byol_fast.evaluate.numbering import sparse
 from byol_fast.session.opening import Data
 from byol_fast.watching.online_eval import OnlineEvaluation
 from byol_fast.watching.probe import OnlineProbe
@@ -29,7 +31,16 @@ def judges(
     if agreed and len(classes) < 2:
         log.info("the images have no labels: training without kNN accuracy and linear probe")
         return None, None
-    probe = OnlineProbe(feature_dim, len(classes), world.device) if agreed else None
+    if agreed and (present := sparse(_labels(data.store), len(classes))) is not None:
+        log.warning(
+            "%d classes are numbered up to %d: training without linear probe, which has a row for "
+            "each number. Number them from 0 for one",
+            len(present),
+            int(present[-1]),
+        )
+        probe = None
+    else:
+        probe = OnlineProbe(feature_dim, len(classes), world.device) if agreed else None
     if not world.is_main:
         return None, probe
     if not agreed:
@@ -52,6 +63,11 @@ def judges(
     measured = "kNN and probe accuracy are" if agreed else "kNN accuracy is"
     log.info("%s measured on %s", measured, evaluation.source)
     return evaluation, probe
+
+
+def _labels(store: Store) -> torch.Tensor:
+    labels = torch.as_tensor(np.asarray(store.labels), dtype=torch.int64)
+    return labels[labels >= 0]
 
 
 def _judged_on(data: Data) -> tuple[Store, Store | None, str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 from torch import nn
 
 from byol_fast.distributed import World
 from byol_fast.errors import Preempted
+from byol_fast.memory import is_out_of_memory, release
 from byol_fast.monitor import RunLog
 from byol_fast.session.clock import Clock
 from byol_fast.session.runfolder import RunFolder
@@ -45,18 +47,19 @@ class Measuring:
         self.evaluation = evaluation if world.is_main else None
         self._probe, self._backbone = probe, backbone
         self.owed = False
+        self.failed = 0  # evaluations of this run
 
     def baselines(self, signal: StopSignal, clock: Clock) -> None:
         """What the trained network has to beat: raw pixels, and itself before training."""
         with self._alone(signal, clock, "the untrained network was evaluated"):
             if self.evaluation is not None:
-                untrained = self.evaluation.measure(self._backbone)["knn_accuracy"]
-                self._folder.add_to_summary(
-                    knn_raw_pixels=self.evaluation.raw_pixels(),
-                    knn_untrained=untrained,
-                    knn_data=self.evaluation.source,
-                )
-                self._runlog.log(0, {"epoch": 0.0, "knn_accuracy": untrained})
+                self._try(0, "the untrained network", partial(self._baselines, self.evaluation))
+
+    def _baselines(self, evaluation: OnlineEvaluation) -> None:
+        untrained = evaluation.measure(self._backbone)["knn_accuracy"]
+        self._runlog.log(0, {"epoch": 0.0, "knn_accuracy": untrained})
+        self._folder.add_to_summary(knn_untrained=untrained, knn_data=evaluation.source)
+        self._folder.add_to_summary(knn_raw_pixels=evaluation.raw_pixels())
 
     def owes(self, step: int) -> bool:
         """Whether the evaluation of `step` is owed, and no session has made up for it since."""
@@ -68,16 +71,40 @@ class Measuring:
         """The network after `step` steps."""
         self.owed = True
         with self._alone(signal, clock, "the network was evaluated"):
-            try:
-                if self.evaluation is not None:
-                    values = self.evaluation.measure(self._backbone, self._probe)
-                    self._runlog.log(step, values)
-                    self.evaluation.save_embedding(self._folder.path / "embedding.npz")
-                    self._folder.add_to_summary(knn_trained=values["knn_accuracy"], knn_step=step)
-                self.owed = False
-            except (OSError, ValueError) as error:  # measuring is no reason not to train
-                log.warning("the network was not evaluated: %s. Training goes on", error)
-                self._runlog.event(step, "warning", f"the network was not evaluated: {error}")
+            self.owed = self.evaluation is not None and not self._try(
+                step, "the network", partial(self._measure, self.evaluation, step)
+            )
+
+    def _measure(self, evaluation: OnlineEvaluation, step: int) -> None:
+        values = evaluation.measure(self._backbone, self._probe)
+        self._runlog.log(step, values)
+        evaluation.save_embedding(self._folder.path / "embedding.npz")
+        self._folder.add_to_summary(knn_trained=values["knn_accuracy"], knn_step=step)
+
+    def _try(self, step: int, what: str, measure: Callable[[], None]) -> bool:
+        """Whether an evaluation succeeded. One that fails is counted and is no reason not to train.
+
+        Raises:
+            RuntimeError: it failed for something else than the disk, the images or memory.
+        """
+        try:
+            measure()
+            return True
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = f"out of memory: {error}".partition("\n")[0]
+        # Here the error is gone, and with it what its frames kept in memory.
+        release(self._world.device)
+        self.failed += 1
+        text = f"{what} was not evaluated ({self.failed} evaluations left out so far): {reason}"
+        log.warning("%s. Training goes on", text)
+        self._runlog.event(step, "warning", text)
+        with suppress(OSError):  # a full disk may be the reason
+            self._folder.add_to_summary(evaluations_left_out=self.failed)
+        return False
 
     @contextmanager
     def _alone(self, signal: StopSignal, clock: Clock, doing: str) -> Iterator[None]:

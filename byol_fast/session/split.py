@@ -27,6 +27,21 @@ class Split:
     asked: int | None  # --input.accumulate, None where it is left open
     bn_batch: int  # images that BatchNorm's statistics are taken over
 
+    def statistics(self) -> str:
+        """How many images BatchNorm takes its statistics over, which is part of the method."""
+        batch = self.ranks * self.micro_batch * self.accumulate
+        if self.bn_batch == batch:
+            return f"BatchNorm's statistics are over all {batch} images of a step"
+        together, why = self.bn_batch // self.micro_batch, []
+        if self.accumulate > 1:
+            why.append(f"{self.accumulate} micro-batches (--input.accumulate)")
+        if together < self.ranks:
+            why.append(f"{together} of {self.ranks} ranks together (--model.bn-sync)")
+        return (
+            f"BatchNorm's statistics are over {self.bn_batch} of the {batch} images of a step, "
+            f"not over all as in the paper: {', '.join(why)}"
+        )
+
     def change(self, before: Split | None) -> str:
         """What a resumed run does otherwise than before, in words; empty if nothing."""
         if before is None or (before.ranks, before.accumulate) == (self.ranks, self.accumulate):

@@ -14,16 +14,27 @@ import torch
 from torch import Tensor
 
 from byol_fast.updates.lars_updates import Norm
+from byol_fast.updates.layouts import laid_out_as
 
 try:
     import amp_C
-except ImportError as error:
+except Exception as error:  # a build for another PyTorch raises whatever it likes
     raise ImportError(
-        f"impl='apex' needs NVIDIA apex built from source with its CUDA extensions ({error}); "
-        "impl='auto' needs nothing more"
+        "impl='apex' needs NVIDIA apex built from source with its CUDA extensions "
+        f"({type(error).__name__}: {error}); impl='auto' needs nothing more"
     ) from error
 
 _CHUNK = 2048 * 32  # elements of a block, as apex's own optimizers use
+
+
+def unsupported(tensor: Tensor) -> str:
+    """Why a parameter cannot be updated here; "" if it can."""
+    if tensor.dtype != torch.float32:
+        return f"it is {str(tensor.dtype).removeprefix('torch.')}, not float32"
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    if last or tensor.is_contiguous():
+        return ""
+    return "apex takes contiguous and channels_last tensors alone"
 
 
 def update(
@@ -36,8 +47,10 @@ def update(
 ) -> None:
     """One LARS step of a parameter group, in place; see `optim.LARS`.
 
-    apex's kernels take numbers, so a tensor lr is read back from the device.
+    Parameters are ones that `unsupported` names no reason for, on one device; momentum has their
+    memory order. apex's kernels take numbers, so a tensor lr is read back from the device.
     """
+    grads = [laid_out_as(p, g) for p, g in zip(params, grads, strict=True)]
     wd, momentum, lr = group["weight_decay"], group["momentum"], float(group["lr"])
     noop = torch.zeros(1, dtype=torch.int32, device=params[0].device)
     inside, outside = (lr, 1.0) if lr_in_momentum else (1.0, lr)

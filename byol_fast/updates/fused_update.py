@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from byol_fast.updates.layouts import dense, laid_out_as
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # Elements of a piece, and of the part of it that is in registers at a time.
@@ -29,28 +31,13 @@ _PIECE, _BLOCK = 8192, 1024
 _WARPS = 4
 
 
-def misfit(tensors: Sequence[Tensor]) -> str:
-    """Why these tensors cannot be updated here; "" if they can."""
-    kinds = {(t.device, t.dtype) for t in tensors}
-    if any(device.type != "cuda" and not INTERPRETED for device, _ in kinds):
-        return "they are not on a GPU"
-    if any(dtype != torch.float32 for _, dtype in kinds):
-        return "they are not all float32"
-    if len(kinds) > 1:
-        return "they are on several devices"
-    if not all(_dense(t) for t in tensors):
-        return "some have gaps in memory"
-    return ""
-
-
-def _dense(tensor: Tensor) -> bool:
-    formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-    dims = {torch.channels_last: 4, torch.channels_last_3d: 5}
-    return any(
-        tensor.is_contiguous(memory_format=f)
-        for f in formats
-        if dims.get(f, tensor.dim()) == tensor.dim()
-    )
+def unsupported(tensor: Tensor) -> str:
+    """Why a parameter cannot be updated here; "" if it can."""
+    if tensor.device.type != "cuda" and not INTERPRETED:
+        return "it is not on a GPU"
+    if tensor.dtype != torch.float32:
+        return f"it is {str(tensor.dtype).removeprefix('torch.')}, not float32"
+    return "" if dense(tensor) else "its elements have gaps or overlap in memory"
 
 
 class FusedGroup:
@@ -68,7 +55,7 @@ class FusedGroup:
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         buffers: Sequence[Tensor],
-        targets: Sequence[Tensor | None],  # who follows a parameter, None where nobody does
+        targets: Sequence[Tensor | None],  # each parameter's average, None where there is none
         *,
         lr: float | Tensor,
         decay: float | Tensor,  # τ
@@ -79,13 +66,19 @@ class FusedGroup:
         sum_of_norms: bool,
         lr_in_momentum: bool,
     ) -> None:
-        """One step, in place.
+        """One step, in place. Parameters are ones that `unsupported` names no reason for, on one
+        device; momentum and targets have their dtype, device, shape and memory order.
 
         `lr` and `decay` are numbers, or 0-d tensors on the device, read when the kernel runs; a
         float64 decay keeps 1 − τ exact near τ = 1.
         """
-        grads = [_laid_out_as(p, g) for p, g in zip(params, grads, strict=True)]
+        grads = [laid_out_as(p, g) for p, g in zip(params, grads, strict=True)]
         self._prepare(params, grads, buffers, targets)
+        device = params[0].device
+        if isinstance(lr, Tensor) and lr.device != device:
+            lr = float(lr)
+        if isinstance(decay, Tensor) and decay.device != device:
+            decay = float(decay)
         pieces, tensors = (len(self._pieces),), (len(params),)
         aligned = all(address % 16 == 0 for address in self._addresses)
         sizes: dict[str, Any] = {"PIECE": _PIECE, "BLOCK": _BLOCK, "num_warps": _WARPS}
@@ -103,7 +96,7 @@ class FusedGroup:
             self._table, self._pieces, self._counts, self._ratios,
             lr,
             decay if isinstance(decay, Tensor) else 1.0 - decay,
-            self._always if finite is None else finite.to(torch.int32),
+            self._always if finite is None else finite.to(device, torch.int32),
             weight_decay, momentum,
             ADAPT=eta is not None,
             LR_INSIDE=lr_in_momentum,
@@ -142,13 +135,6 @@ class FusedGroup:
         if self._addresses != self._sent:
             self._table.copy_(_send(np.array(self._addresses, dtype=np.int64), self._table.device))
             self._sent = self._addresses
-
-
-def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
-    """`grad` with the parameter's strides: the kernels see memory, not shapes."""
-    if grad.stride() == param.stride() and grad.dtype == param.dtype:
-        return grad
-    return torch.empty_like(param).copy_(grad)
 
 
 def _send(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
@@ -261,26 +247,26 @@ def _apply(
     g = _floats(table, tensor, 1, ALIGNED) + start
     m = _floats(table, tensor, 2, ALIGNED) + start
     t = _floats(table, tensor, 3, ALIGNED) + start
-    followed = tl.load(table + tensor * 4 + 3) != 0
+    averaged = tl.load(table + tensor * 4 + 3) != 0
     rate = tl.load(lr).to(tl.float32) if LR_IS_TENSOR else lr
     share = (1.0 - tl.load(decay)).to(tl.float32) if DECAY_IS_TENSOR else decay
     ratio = tl.load(ratios + tensor) if ADAPT else 1.0
     lanes = tl.arange(0, BLOCK)
     whole = left // BLOCK * BLOCK
     for at in range(0, whole, BLOCK):  # unmasked, so that memory is moved in wide words
-        _step(p, g, m, t, at + lanes, None, None, followed,
+        _step(p, g, m, t, at + lanes, None, None, averaged,
               rate, share, ratio, weight_decay, momentum, LR_INSIDE)  # fmt: skip
     at = whole + lanes
-    _step(p, g, m, t, at, at < left, 0.0, followed,
+    _step(p, g, m, t, at, at < left, 0.0, averaged,
           rate, share, ratio, weight_decay, momentum, LR_INSIDE)  # fmt: skip
 
 
 @triton.jit
 def _step(
-    p, g, m, t, at, inside, other, followed,
+    p, g, m, t, at, inside, other, averaged,
     rate, share, ratio, weight_decay, momentum, LR_INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """LARS, and the moving average where there is a follower, on one block of a tensor."""
+    """LARS, and the moving average where there is a target, on one block of a tensor."""
     weight = tl.load(p + at, mask=inside, other=other)
     update = (tl.load(g + at, mask=inside, other=other) + weight_decay * weight) * ratio
     speed = tl.load(m + at, mask=inside, other=other) * momentum
@@ -292,6 +278,6 @@ def _step(
         weight -= rate * speed
     tl.store(m + at, speed, mask=inside)
     tl.store(p + at, weight, mask=inside)
-    if followed:
+    if averaged:
         mean = tl.load(t + at, mask=inside, other=other)
         tl.store(t + at, mean + share * (weight - mean), mask=inside)

@@ -6,12 +6,15 @@ are in `apex_update.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Norm = Literal["update", "sum"]
+# Parameters, gradients, momentum, the group's options, norm, lr_in_momentum.
+Update = Callable[[list[Tensor], list[Tensor], list[Tensor], dict[str, Any], Norm, bool], None]
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
 

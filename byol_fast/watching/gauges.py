@@ -66,3 +66,14 @@ def uniformity(z: Tensor) -> Tensor:
     """
     points = normalise(_rows(z, 2))
     return torch.pdist(points).square().mul(-2.0).exp().mean().log()
+
+
+def of(projections: Tensor) -> dict[str, Tensor]:
+    """All gauges of a step's projections [2B, d], view 1 then view 2, by their names in the log."""
+    z = projections.float()
+    return {
+        "embedding_std": embedding_std(z),
+        "rankme": rankme(z),
+        "alignment": alignment(*z.chunk(2)),
+        "uniformity": uniformity(z),
+    }

@@ -81,7 +81,7 @@ def open_display(
     if panel == "auto" and out.isatty() and (out.encoding or "").lower().startswith("utf"):
         try:
             from rich.console import Console
-        except ImportError:
+        except Exception:  # also where it is installed and broken
             return Lines(total_steps, out)
         console = Console(file=stream)
         if console.is_terminal and not console.is_dumb_terminal:

@@ -50,6 +50,8 @@ class OnlineEvaluation:
         data = prepare(train, eval_store, where=where)
         self.bank, self.queries = spread(data.train, MAX_BANK), spread(data.test, MAX_QUERIES)
         self.classes, self.source = data.classes, data.source
+        # The probe learns from the labels of the store itself, which may have gaps.
+        self._numbers = None if data.numbers is None else torch.from_numpy(data.numbers)
         self.spec, self.device, self.threads = spec, device, threads
         self.k, self.temperature = min(k, len(self.bank)), temperature
         self._last: Features | None = None
@@ -66,7 +68,8 @@ class OnlineEvaluation:
         self._last = queries
         values = {"knn_accuracy": self._knn(bank, queries)}
         if probe is not None:
-            values["probe_accuracy"] = probe.accuracy(queries.features, queries.labels)
+            labels = queries.labels if self._numbers is None else self._numbers[queries.labels]
+            values["probe_accuracy"] = probe.accuracy(queries.features, labels)
         return values
 
     def save_embedding(self, path: Path, most: int = 2000) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from byol_fast.watching.tfevents import EventFile
-from pipelines.errors import MissingBackend
+from pipelines.errors import MissingBackend, import_problem
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,19 @@ def open_tensorboard(folder: Path, resume_step: int | None) -> Sink | None:
 
 
 def require_wandb() -> Any:
-    """The wandb module. Raises ImportError with the command that installs it."""
+    """The wandb module.
+
+    Raises:
+        MissingBackend: it is not installed, or its import fails, for whatever reason.
+    """
+    install = "pip install '.[wandb]' in the checkout"
     try:
         import wandb
-    except ImportError as error:
-        raise MissingBackend(
-            "W&B is not installed: pip install '.[wandb]' in the checkout"
-        ) from error
+    except Exception as error:
+        raise import_problem("W&B", "wandb", error, install) from error
+    if getattr(wandb, "__file__", None) is None:  # a folder of runs is a package to Python
+        where = ", ".join(getattr(wandb, "__path__", ()))
+        raise MissingBackend(f"W&B is not installed, {where} is a folder of that name: {install}")
     return wandb
 
 
@@ -50,7 +56,7 @@ def open_wandb(out: Path, config: Mapping[str, Any], *, resumed: bool) -> Sink |
     """A W&B run, or None with one warning where it cannot be started.
 
     Raises:
-        ImportError: W&B is not installed.
+        MissingBackend: as `require_wandb`.
     """
     wandb = require_wandb()
     try:

@@ -50,6 +50,8 @@ def choose(spec: AugmentSpec, device: torch.device, dtype: torch.dtype = torch.f
         return plain
     # Compiler, launcher and driver each raise their own kinds: whichever it is, plain torch works.
     except Exception as error:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize(device)  # raises where the context is lost, for plain torch too
         log.warning(
             "views are augmented by plain torch: the Triton kernels failed their first run here "
             "(%s: %s)",

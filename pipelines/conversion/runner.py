@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pipelines.conversion.betonwriter import BetonWriter
 from pipelines.conversion.partfile import PartFile
 from pipelines.conversion.storage import Storage, Stored
-from pipelines.errors import BadImage, DataError
+from pipelines.errors import BadImage, DataError, MissingBackend
 from pipelines.ordered import in_order
 from pipelines.progress import Progress
 from pipelines.scan import printable
@@ -125,6 +125,8 @@ class _Job:
             return self.storage(self.store.read(row))
         except BadImage as error:
             return error
+        except (DataError, MemoryError, MissingBackend):
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"{self.store.name(row)} could not be converted: {type(error).__name__}: {error}"

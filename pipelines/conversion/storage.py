@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
-from pipelines.decode import decode, header, is_plain_jpeg, verify
+from pipelines.decode import decode, header, is_plain_jpeg, sound
 from pipelines.errors import BadImage
+from pipelines.formats.jpeg import SOI
 from pipelines.stores import Images
+from pipelines.turbo import simplejpeg
 
 Mode: TypeAlias = Literal["jpeg", "lossless", "raw"]
 How: TypeAlias = Literal["copied", "encoded", "raw"]
@@ -40,8 +41,9 @@ class Storage:
     """What becomes of every image; calling it gives one image as it is to be stored.
 
     A plain JPEG that need not be made smaller is copied byte by byte, so it loses nothing; in mode
-    `raw` nothing is. All else (PNG, CMYK, what is resized) is decoded by `pipelines.decode` and
-    encoded as a JPEG in mode `jpeg`, else stored as pixels.
+    `raw` nothing is. One with something odd beside its pixels is copied without that. All else
+    (PNG, CMYK, what is resized) is decoded by `pipelines.decode` and encoded as a JPEG in mode
+    `jpeg`, else stored as pixels.
 
     Args:
         mode: see above.
@@ -60,11 +62,10 @@ class Storage:
             BadImage: the image is corrupt, or has a side the format cannot state.
         """
         if isinstance(image, bytes):
-            plain = is_plain_jpeg(image)
-            if plain and self.mode != "raw" and self._small_enough(*header(image)):
-                return Stored("copied", image, *verify(image))
-            if not plain and image.startswith(b"\xff\xd8"):
-                verify(image)  # it finds what `decode` overlooks in a CMYK JPEG
+            if image.startswith(SOI) and self.mode != "raw" and self._small_enough(*header(image)):
+                image = sound(image)
+                if is_plain_jpeg(image):
+                    return Stored("copied", image, *header(image))
             image = decode(image)
         pixels = self._shrunk(image)
         height, width = pixels.shape[:2]

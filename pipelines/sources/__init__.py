@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from pipelines.errors import MissingBackend
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -55,7 +53,7 @@ def dali_available() -> bool:
     """Whether NVIDIA DALI is installed and loads."""
     try:
         import nvidia.dali  # noqa: F401
-    except (ImportError, OSError):  # OSError: a shared library that does not load
+    except Exception:  # a shared library that does not load, versions that do not fit
         return False
     return True
 
@@ -64,6 +62,6 @@ def ffcv_available() -> bool:
     """Whether FFCV's decoder is installed and loads, and numba with it."""
     try:
         import pipelines.sources.ffcv_source  # noqa: F401
-    except MissingBackend:
+    except (ImportError, OSError):  # whatever it lacks: FFCV, numba or one of their libraries
         return False
     return True

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import torch
 from nvidia.dali import backend, fn, types
 from nvidia.dali.pipeline import Pipeline
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.sources.dali_decode import Decoder
+from pipelines.turbo import simplejpeg
 
 # What nvJPEG keeps for each thread, in bytes. They grow to what the largest image needs: a pixel
 # takes 5.5 of the GPU's and 3.7 of pinned memory, twice. DALI begins with 16 and 8 MiB.

@@ -4,6 +4,9 @@ Our threads read the files; DALI decodes each image once and cuts all its views.
 decoder reads alike go to DALI as they are; anything else (PNG, CMYK, ...) is decoded by
 `pipelines.decode` first and handed over as a PPM, so that one image policy holds on every backend.
 
+DALI decodes damaged JPEGs without an error: what was not verified when it was indexed is decoded
+strictly by `pipelines.decode` once, when it is first read.
+
 One corrupt image ends a DALI pipeline. Then the batches it held are decoded by `pipelines.decode`,
 which finds the culprit, and a new pipeline goes on with them; no batch is lost or repeated. Batches
 also change pipelines without a seam while `auto` tries decoders.
@@ -36,9 +39,10 @@ from pipelines.stores import Store
 
 try:
     from pipelines.sources.dali_graph import DaliGraph, as_pnm
-except (ImportError, OSError) as error:
+except Exception as error:  # an import can raise anything
     raise MissingBackend(
-        f"the dali backend needs NVIDIA DALI ({error}): pip install '.[dali]' in the checkout"
+        f"the dali backend needs NVIDIA DALI ({type(error).__name__}: {error}): "
+        "pip install '.[dali]' in the checkout"
     ) from error
 
 log = logging.getLogger(__name__)
@@ -173,7 +177,7 @@ class DaliSource:
         trusted = trusted and self._encoded and row not in self.bad
         if trusted and isinstance(data, bytes) and is_plain_jpeg(data) and _is_whole(data):
             self._reader.check_size(row, *header(data))
-            return np.frombuffer(data, dtype=np.uint8)
+            return np.frombuffer(self._reader.whole(row, data), dtype=np.uint8)
         return self._prepared(self._reader.pixels(row, data))
 
     def _prepared(self, pixels: Bytes) -> Bytes:

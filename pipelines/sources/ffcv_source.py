@@ -32,9 +32,9 @@ from pipelines.stores.beton import BetonStore
 
 try:
     from pipelines.sources.ffcv_kernel import compile_cut
-except (ImportError, OSError) as error:
+except Exception as error:  # an import can raise anything
     raise MissingBackend(
-        f"the ffcv backend needs FFCV ({error}): run launch/install_ffcv.sh"
+        f"the ffcv backend needs FFCV ({type(error).__name__}: {error}): run launch/install_ffcv.sh"
     ) from error
 
 _KEPT = 64 << 20  # bytes of decoded pixels that a thread keeps room for: 21 megapixels

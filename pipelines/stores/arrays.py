@@ -13,8 +13,43 @@ import numpy.typing as npt
 from pipelines.decode import MAX_PIXELS
 from pipelines.errors import DataError
 from pipelines.stores import MOST_CLASSES
+from pipelines.stores.openfile import OpenFile
 
 _HASH_WHOLE = 2 << 30  # bytes: 2 s of sha256; of more, every k-th image is hashed
+
+
+class NpyFile:
+    """The array in an `.npy` file, read and not mapped: a file cut short while it is in use would
+    end the process with SIGBUS where a read gives an error.
+
+    Args:
+        mapped: the array as numpy maps it, C-contiguous; its pixels are not touched.
+    """
+
+    def __init__(self, path: Path, mapped: Any) -> None:
+        self.shape, self.dtype, self.ndim = mapped.shape, mapped.dtype, mapped.ndim
+        self.nbytes, self._offset = mapped.nbytes, mapped.offset
+        self._row = self.nbytes // self.shape[0]
+        self._file = OpenFile(path)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, rows: int | slice) -> npt.NDArray[np.uint8]:
+        """One image, or some.
+
+        Raises:
+            IndexError: there is no such row.
+            DataError: the file was cut short, or the system cannot read it.
+        """
+        if not isinstance(rows, slice):
+            row = range(len(self))[rows]
+            return self._file.read_pixels(self._offset + row * self._row, *self.shape[1:])
+        wanted = range(len(self))[rows]
+        if wanted.step != 1:
+            return np.stack([self[row] for row in wanted])
+        shape = len(wanted), *self.shape[1:]
+        return self._file.read_pixels(self._offset + wanted.start * self._row, *shape)
 
 
 class ArrayStore:
@@ -32,13 +67,16 @@ class ArrayStore:
 
     def __init__(
         self,
-        images: npt.ArrayLike,
+        images: npt.ArrayLike | NpyFile,
         labels: npt.ArrayLike | None = None,
         classes: Sequence[str] | None = None,
         *,
         where: str = "images",
     ) -> None:
-        self.where, self.images = where, _check_images(np.asanyarray(images), where)
+        if not isinstance(images, NpyFile):
+            images = np.asanyarray(images)
+        _check_images(images, where)
+        self.where, self.images = where, images
         n = len(self.images)
         self.labels = _check_labels(labels, n, where)
         count = int(self.labels.max()) + 1
@@ -56,7 +94,11 @@ class ArrayStore:
         return len(self.images)
 
     def read(self, row: int) -> npt.NDArray[np.uint8]:
-        """Pixels `[H, W, 3]` of row `row`; may be a view that must not be written to."""
+        """Pixels `[H, W, 3]` of row `row`; may be a view that must not be written to.
+
+        Raises:
+            DataError: of an `.npy` file, see `NpyFile`.
+        """
         image = np.asarray(self.images[row])
         if image.ndim == 2:
             image = image[:, :, None]
@@ -70,7 +112,8 @@ class ArrayStore:
 def load_arrays(path: Path) -> ArrayStore:
     """The store in an `.npz` file (`images`, optional `labels`, `classes`) or an `.npy` file.
 
-    An `.npy` file is mapped into memory, not read. Object arrays are refused: they are pickles.
+    Of an `.npy` file each image is read when it is needed. Object arrays are refused: they are
+    pickles.
     """
     try:
         arrays = _read(path)
@@ -83,11 +126,18 @@ def load_arrays(path: Path) -> ArrayStore:
     return ArrayStore(*arrays, where=str(path))
 
 
-def _read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, list[str] | None]:
+def _read(
+    path: Path,
+) -> tuple[npt.NDArray[Any] | NpyFile, npt.NDArray[Any] | None, list[str] | None]:
     """Images, labels and names of classes."""
     loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     if isinstance(loaded, np.ndarray):
-        return loaded, None, None
+        if loaded.dtype != np.uint8 or not loaded.size or not loaded.ndim:
+            return loaded, None, None  # refused, untouched
+        if not loaded.flags.c_contiguous:  # images in Fortran's order lie all over the file
+            loaded = np.ascontiguousarray(np.load(path, allow_pickle=False))
+            return loaded, None, None
+        return NpyFile(path, loaded), None, None
     with loaded:
         if "images" not in loaded:
             raise DataError(
@@ -104,7 +154,7 @@ def _read(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, list[s
         return loaded["images"], labels, classes
 
 
-def _check_images(images: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:
+def _check_images(images: npt.NDArray[Any] | NpyFile, where: str) -> None:
     shape = images.shape
     if images.dtype != np.uint8:
         raise DataError(f"{where} must be uint8 pixels in 0..255, got {images.dtype}: convert them")
@@ -118,7 +168,6 @@ def _check_images(images: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]
         raise DataError(f"{where} holds no pixels, its shape is {shape}: give at least one image")
     if shape[1] * shape[2] > MAX_PIXELS:
         raise DataError(f"{where}: {shape[1]} x {shape[2]} pixels are more than {MAX_PIXELS:,}")
-    return images
 
 
 def _check_labels(labels: npt.ArrayLike | None, n: int, where: str) -> npt.NDArray[np.int32]:
@@ -138,7 +187,7 @@ def _check_labels(labels: npt.ArrayLike | None, n: int, where: str) -> npt.NDArr
     return array.astype(np.int32)
 
 
-def _fingerprint(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int32]) -> str:
+def _fingerprint(images: npt.NDArray[np.uint8] | NpyFile, labels: npt.NDArray[np.int32]) -> str:
     """sha256 of shape, pixels and labels; of an array over 2 GiB, of evenly spaced images."""
     digest = hashlib.sha256(f"{images.shape}".encode())
     every = -(-images.nbytes // _HASH_WHOLE)

@@ -34,6 +34,7 @@ class BetonStore:
         self.sizes, self.labels = file.sizes, file.labels
         self.encoded = not bool(file.raw.all())
         known = read_sidecar(file) or {}
+        self.verified = bool(known)  # our converter decodes strictly; FFCV's does not
         self.fingerprint: str = known.get("sha256", file.tables_sha256)
         count, named = int(file.labels.max()) + 1, known.get("classes", ())
         fits = len(named) >= count > 0
@@ -64,7 +65,7 @@ class BetonStore:
         offset = int(self.file.offsets[self._checked(row)])
         if self.file.raw[row]:
             height, width = self.sizes[row].tolist()
-            return self._open.read_pixels(offset, height, width)
+            return self._open.read_pixels(offset, height, width, 3)
         return self._open.read(offset, int(self.file.lengths[row]))
 
     def name(self, row: int) -> str:

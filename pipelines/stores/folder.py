@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipelines.errors import BadImage
 from pipelines.index import open_index, refuse_if_bad, warn_of
 from pipelines.indexfile import Index
+from pipelines.reading import read_file, refusal
 from pipelines.scan import open_regular, printable
 
 
@@ -24,6 +24,7 @@ class FolderStore:
         self.index, self.root = index, index.root
         self.sizes, self.labels = index.sizes, index.labels
         self.classes, self.fingerprint = index.classes, index.fingerprint
+        self.verified = index.verified  # every image was decoded strictly
         self._root = os.fsencode(index.root)
 
     @classmethod
@@ -58,14 +59,13 @@ class FolderStore:
         """The file's bytes.
 
         Raises:
-            BadImage: it is gone or cannot be read.
+            BadImage: it is gone or may not be read.
+            DataError: the system cannot read it.
         """
         try:
-            path = self._join(self.index.below(row))
-            with open(path, "rb", buffering=0, opener=open_regular) as file:
-                return file.read()
+            return read_file(self._join(self.index.below(row)), open_regular)
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+            raise refusal(error, self.name(row)) from error
 
     def name(self, row: int) -> str:
         """The file's path, with an escape for what cannot be printed."""

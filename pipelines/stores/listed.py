@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.errors import BadImage, DataError
+from pipelines.errors import DataError
 from pipelines.indexfile import Strings, keep, locations, save_columns
 from pipelines.progress import Progress
-from pipelines.scan import Bad, Sizes, measure, open_regular, printable
+from pipelines.reading import read_file, refusal
+from pipelines.scan import Bad, Sizes, default_workers, measure, open_regular, printable
 from pipelines.stores.listfile import Listed, read_list
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class ListStore:
     """
 
     encoded = True
+    verified = False  # whether every image was decoded strictly
 
     def __init__(
         self, path: Path, root: Path, listed: Listed, sizes: Sizes, reasons: dict[int, str]
@@ -87,7 +89,7 @@ class ListStore:
             todo = sorted(before)
         reasons: dict[int, str] = {}
         if todo:
-            threads = workers or len(os.sched_getaffinity(0)) * (1 if verify else 4)
+            threads = workers or default_workers(verify)
             what = "verifying" if verify else "reading headers"
             paths = [listed.paths[row] for row in todo]
             with Progress(what, len(todo), enabled=progress) as bar:
@@ -98,6 +100,7 @@ class ListStore:
         if reasons != before:
             keep(path, partial(_save, key, verify, sizes, reasons))
         store = cls(path, root, listed, sizes, reasons)
+        store.verified = verify
         store._judge(max_bad_share)
         return store
 
@@ -113,13 +116,13 @@ class ListStore:
         """The file's bytes.
 
         Raises:
-            BadImage: it is gone or cannot be read.
+            BadImage: it is gone or may not be read.
+            DataError: the system cannot read it.
         """
         try:
-            with open(self._join(row), "rb", buffering=0, opener=open_regular) as file:
-                return file.read()
+            return read_file(self._join(row), open_regular)
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+            raise refusal(error, self.name(row)) from error
 
     def name(self, row: int) -> str:
         """The file's path, with an escape for what cannot be printed."""

@@ -24,6 +24,7 @@ class TarStore:
         self.index = index
         self.sizes, self.labels = index.sizes, index.labels
         self.classes, self.fingerprint = index.classes, index.fingerprint
+        self.verified = index.verified  # every image was decoded strictly
         self._files = OpenFiles(index.paths)
 
     @classmethod

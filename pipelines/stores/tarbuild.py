@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines import decode
+from pipelines.cores import worker_threads
 from pipelines.errors import BadImage, DataError
 from pipelines.indexfile import Strings, fingerprint, keep, locations
 from pipelines.ordered import in_order
@@ -97,11 +98,12 @@ def open_tar_index(
     """
     listed = _Listed.of(data)
     for known in listed.stored():
-        if listed.fits(known) and (known.verified or not verify):
+        refused = any(bad.refused for bad in known.bad)  # which may have passed
+        if listed.fits(known) and (known.verified or not verify) and not refused:
             return known, 0
         verify = verify or known.verified  # what was verified once stays so
     root, paths = listed.root, listed.paths
-    threads = workers or len(os.sched_getaffinity(0))
+    threads = workers or worker_threads()
     found = _list(paths, threads, progress)
     images = sum(len(samples.names) for samples in found)
     if not images and not any(samples.bad for samples in found):

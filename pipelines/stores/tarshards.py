@@ -168,6 +168,8 @@ def _label(file: OpenFile, sample: dict[str, Member]) -> int:
             entries = json.loads(file.read(member.offset, member.length))
             label = entries.get("cls", entries.get("label", -1))
             return label if type(label) is int else -1
+    except (BadImage, DataError):  # ValueErrors too, but not the label's
+        raise
     except (ValueError, AttributeError, RecursionError):
         return -2
     return -1

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ablation, augment, fps, loader, peers
+from benchmarks import ablation, augment, fps, kernels, loader, peers
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
-def script(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def script(*arguments: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(SCRIPT), *arguments],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
         env={**os.environ, "PYTHON": sys.executable, **env},
     )
 
@@ -34,6 +36,7 @@ def test_each_part_is_a_command_that_exists(
     done = script(str(tmp_path / "out"), DRY="1", DATA="/images with a space")
     assert done.returncode == 0, done.stderr
     programs = {"fps": fps, "peers": peers, "augment": augment, "ablation": ablation}
+    programs["kernels"] = kernels
     seen: list[str] = []
     for line in done.stdout.splitlines():
         name, _, command = line.partition(": ")
@@ -50,8 +53,97 @@ def test_each_part_is_a_command_that_exists(
         program = {**programs, "loader": loader}[Path(words[0]).stem]
         options = program.arguments(words[1:])
         assert options.json.parent == tmp_path / "out"
-    assert seen[:3] == ["step-256", "tests", "peers"] and seen[-1] == "step-512"
-    assert {"step-64", "ablation", "augment", "e2e", "loader"} < set(seen)
+        if name not in ("step-64", "loader"):  # what the first part compiles serves them all
+            assert words[words.index("--batch-size") + 1] == "256"
+    assert seen[:3] == ["warm", "step-256", "tests"] and seen[-1] == "loader"
+    assert {
+        "kernels",
+        "graph-256",
+        "peers",
+        "grouped",
+        "step-64",
+        "ablation",
+        "augment",
+        "e2e",
+    } < set(seen)
+
+
+def test_parts_are_chosen_by_name(tmp_path: Path) -> None:
+    done = script(str(tmp_path), "e2e", "warm", DRY="1")
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["warm", "e2e"]
+    done = script(str(tmp_path), "e3e", DRY="1")
+    assert done.returncode == 2 and "there is no part e3e; there are: warm" in done.stderr
+
+
+# A machine with PyTorch and little else: what is not there, and a GPU for the script's own check.
+BARE = """
+import os, sys
+ABSENT = {"simplejpeg", "nvidia", "ffcv", "numba", "lightly", "byol_pytorch", "sklearn", "rich"}
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+if sys.argv[0] == "-":
+    import torch
+    torch.cuda.is_available = lambda: True
+"""
+SMALLER = """#!{python}
+import os, sys
+words = ["4" if word in ("256", "64") else word for word in sys.argv[1:]]
+words = ["8" if word == "1024" else word for word in words]
+os.execv({python!r}, [{python!r}, *words])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_on_a_bare_machine_every_part_gives_a_row_or_a_named_reason(tmp_path: Path) -> None:
+    """Behind the script's check there is no GPU: what takes a step runs small on the CPU, what is a
+    GPU's says so. Its tests are collected without an error, and skipped."""
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    smaller = tmp_path / "python"
+    smaller.write_text(SMALLER.format(python=sys.executable))
+    smaller.chmod(0o755)
+    out = tmp_path / "out"
+    done = script(
+        str(out),
+        PYTHON=str(smaller),
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+        BUDGET="3000",
+        DATA="",
+        timeout=1200,
+    )
+    outcomes = {
+        row["part"]: row["outcome"]
+        for row in map(json.loads, (out / "parts.jsonl").read_text().splitlines())
+    }
+    for name in ("simplejpeg", "lightly", "ffcv", "nvidia.dali"):
+        assert f"{name} is not installed: what needs it is left out" in done.stdout
+    assert outcomes.pop("loader") == "left out, simplejpeg is not installed"
+    for name, reason in {
+        "graph-256": "there is no GPU",
+        "step-64": "there is no GPU",
+        "kernels": "there is none here",
+    }.items():
+        assert outcomes.pop(name) == "exit 2"
+        assert reason in (out / f"{name}.log").read_text().splitlines()[-1]
+    said = {name: (out / f"{name}.log").read_text()[-2000:] for name in outcomes}
+    assert set(outcomes.values()) == {"exit 0"}, said
+    assert done.returncode == 1 and "failed or left out: kernels graph-256 step-64" in done.stdout
+    for name in ("warm", "step-256", "grouped", "e2e"):
+        for row in json.loads((out / f"{name}.json").read_text())["modes"].values():
+            assert row.get("engine_ran", "eager") == "eager"  # the CPU's, and asked for
+    e2e = json.loads((out / "e2e.json").read_text())["modes"]["e2e"]
+    assert (e2e["source"], e2e["decoder"]) == ("SyntheticSource", None)
+    assert e2e["augmentation"] == "reference"
+    assert json.loads((out / "ablation.json").read_text())["gains"]
+    assert json.loads((out / "peers.json").read_text())["rows"]["byol_fast"]["n"] > 0
+    suite = ElementTree.parse(out / "tests.xml").getroot().find("testsuite")
+    assert suite is not None and int(suite.attrib["tests"]) > 50
+    assert suite.attrib["errors"] == suite.attrib["failures"] == "0"
 
 
 def test_without_a_gpu_or_a_folder_it_says_so(tmp_path: Path) -> None:

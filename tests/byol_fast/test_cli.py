@@ -1,6 +1,7 @@
 """The command line: help, printed settings, exit codes, dispatch, and that it stays light."""
 
 import io
+import re
 import subprocess
 import sys
 import types
@@ -23,6 +24,19 @@ def test_help_lists_every_flag_by_section(capsys: pytest.CaptureFixture[str]) ->
     assert all(action in text for action in ACTIONS)
     assert "Optimizer and schedule:" in text and "\nbyol" not in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_cuts_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipes were listed as `imagenet10` at the end of a line and `0` on the next one."""
+    cli.pretrain_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    for flag in FLAGS.values():
+        for choice in flag.choices:
+            assert re.search(rf"(?<![\w-]){re.escape(choice)}(?![\w-])", text), choice
+    entry = text[text.index("  --recipe ") : text.index("  --epochs ")]
+    recipes = "".join(entry.split()).partition("[")[2].partition(";")[0]
+    assert recipes == "|".join(FLAGS["recipe"].choices)
 
 
 @pytest.mark.parametrize(

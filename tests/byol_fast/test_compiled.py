@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import logging
-from pathlib import Path
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from byol_fast.compiled import as_they_stand, compiled
 from byol_fast.distributed import World, data_parallel
+from byol_fast.errors import OutOfMemory
 from byol_fast.model import BYOL
 from byol_fast.optim import LARS, param_groups
 from byol_fast.step import train_step
@@ -147,50 +152,126 @@ def test_a_compiled_backward_without_gradients_is_not_used(
     assert networks.online is model.online
 
 
-def test_a_failure_on_another_rank_counts_here_too(caplog: pytest.LogCaptureFixture) -> None:
-    class Two(World):
-        def any(self, *flags: bool) -> tuple[bool, ...]:
-            return (True,)
+class Broken:
+    """A compiler that breaks on rank 1, at one of its stages."""
 
-    model = make()
-    world = Two(0, 2, torch.device("cpu"))
+    def __init__(self, stage: str, rank: int) -> None:
+        self.stage, self.here = stage, rank == 1
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        self.fail("compiling")
+        return aot_autograd(fw_compiler=self.forward, bw_compiler=self.backward)(graph, inputs)
+
+    def forward(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        return make_boxed_func(lambda *args: (self.fail("running"), graph(*args))[1])
+
+    def backward(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        self.fail("compiling the backward")
+        return make_boxed_func(lambda *args: (self.fail("running the backward"), graph(*args))[1])
+
+    def fail(self, stage: str) -> None:
+        if self.here and stage == self.stage:
+            raise ZeroDivisionError(f"broken when {stage}")
+        if self.here and self.stage == f"memory when {stage}":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+STAGES = ("compiling the backward", "running", "running the backward")
+WITHOUT_MEMORY = "memory when running"
+
+
+def _broken(world: World, stage: str, logged: io.StringIO) -> str:
+    """What becomes of compiled networks with shared statistics, and of a step after it."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = BYOL(Small(), image_size=16, projector=(16, 8), predictor=(16, 8), bn_sync=True)
+    before = copy.deepcopy(model.state_dict())
+    logged.truncate(0)
     options = {"batch": 4, "image_size": 16, "dtype": torch.float32, "autocast_dtype": None}
-    with caplog.at_level(logging.WARNING):
-        assert compiled(model, world, **options, backend="eager").online is model.online
-    assert "on another rank" in caplog.text
+    try:
+        networks = compiled(model, world, **options, backend=Broken(stage, world.rank))
+    except OutOfMemory as error:
+        return f"out of memory: {error}"
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    kind = "eager" if networks.online is model.online else "compiled"
+    networks = dataclasses.replace(networks, online=data_parallel(networks.online, world))
+    optimizer = LARS(param_groups(model.online, 1e-4), lr=0.5)
+    x = torch.randn(2, 4, 16, 16, 3).permute(0, 1, 4, 2, 3) * (1 + 10 * world.rank)
+    train_step(model, networks, optimizer, [x], accumulate=1, decay=0.9)
+    mean = model.online.encoder.backbone.norm.running_mean.sum().item()  # of both ranks' images
+    return f"{kind} {mean:.4f} {logged.getvalue()}"
 
 
-def _rank(rank: int, file: str, results: dict[tuple[int, str], list[torch.Tensor]]) -> None:
-    """Three steps on half of a fixed batch, under DDP with shared statistics, either way."""
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _steps(world: World, way: str) -> list[torch.Tensor]:
+    """The state after three steps on half of a fixed batch, with shared statistics."""
+    torch.manual_seed(0)
+    model = BYOL(Small(), image_size=16, projector=(16, 8), predictor=(16, 8), bn_sync=True)
+    networks = as_they_stand(model)
+    if way == "compiled":
+        options = {"batch": 4, "image_size": 16, "dtype": torch.float32}
+        networks = compiled(model, world, **options, autocast_dtype=None, backend="aot_eager")
+        assert networks.compile_seconds is not None
+    networks = dataclasses.replace(networks, online=data_parallel(networks.online, world))
+    optimizer = LARS(param_groups(model.online, 1e-4), lr=0.5)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x = torch.randn(2, 8, 16, 16, 3, generator=generator).permute(0, 1, 4, 2, 3)
+        own = x[:, 4 * world.rank : 4 * world.rank + 4]
+        train_step(model, networks, optimizer, [own], accumulate=1, decay=0.9)
+    return [t.detach().clone() for t in model.state_dict().values()]
+
+
+def _rank(rank: int, file: str, results: dict[tuple[int, str], object]) -> None:
+    patience = timedelta(seconds=100)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=patience
+    )
     world = World(rank, 2, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
+    logged = io.StringIO()
+    logging.basicConfig(stream=logged, level=logging.WARNING, format="%(message)s")
     for way in ("stands", "compiled"):
-        torch.manual_seed(0)
-        model = BYOL(Small(), image_size=16, projector=(16, 8), predictor=(16, 8), bn_sync=True)
-        networks = as_they_stand(model)
-        if way == "compiled":
-            options = {"batch": 4, "image_size": 16, "dtype": torch.float32}
-            networks = compiled(model, world, **options, autocast_dtype=None, backend="aot_eager")
-            assert networks.compile_seconds is not None
-        networks = dataclasses.replace(networks, online=data_parallel(networks.online, world))
-        optimizer = LARS(param_groups(model.online, 1e-4), lr=0.5)
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(3):
-            x = torch.randn(2, 8, 16, 16, 3, generator=generator).permute(0, 1, 4, 2, 3)
-            own = x[:, 4 * rank : 4 * rank + 4]
-            train_step(model, networks, optimizer, [own], accumulate=1, decay=0.9)
-        results[rank, way] = [t.detach().clone() for t in model.state_dict().values()]
+        results[rank, way] = _steps(world, way)
+    for stage in (*STAGES, WITHOUT_MEMORY):
+        results[rank, stage] = _broken(world, stage, logged)
     dist.destroy_process_group()
 
 
-@pytest.mark.dist
-def test_under_ddp_with_shared_statistics_two_ranks_compile_too(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]:
+    """What two ranks found, by rank and what they did."""
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (str(tmp_path / "store"), results), nprocs=2)
-        results = dict(results)
+        mp.spawn(_rank, (str(tmp_path_factory.mktemp("ranks") / "store"), results), nprocs=2)
+        return dict(results)
+
+
+@pytest.mark.dist
+def test_under_ddp_with_shared_statistics_two_ranks_compile_too(
+    two_ranks: dict[tuple[int, str], Any],
+) -> None:
     for rank in range(2):
         torch.testing.assert_close(
-            results[rank, "compiled"], results[rank, "stands"], rtol=1e-4, atol=1e-5
+            two_ranks[rank, "compiled"], two_ranks[rank, "stands"], rtol=1e-4, atol=1e-5
         )
-    torch.testing.assert_close(results[0, "compiled"], results[1, "compiled"], rtol=0, atol=0)
+    torch.testing.assert_close(two_ranks[0, "compiled"], two_ranks[1, "compiled"], rtol=0, atol=0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", STAGES)
+def test_f27_a_compiler_that_fails_on_one_rank_leaves_no_rank_waiting(
+    two_ranks: dict[tuple[int, str], Any], stage: str
+) -> None:
+    """With shared statistics each BatchNorm is a collective that rank 0 would wait in."""
+    first, second = two_ranks[0, stage], two_ranks[1, stage]
+    assert first == second and first.startswith("eager")
+    assert f"torch.compile failed on rank 1 (ZeroDivisionError: broken when {stage})" in first
+
+
+@pytest.mark.dist
+def test_f26_too_little_memory_in_the_trial_is_no_failure_of_the_compiler(
+    two_ranks: dict[tuple[int, str], Any],
+) -> None:
+    first, second = two_ranks[0, WITHOUT_MEMORY], two_ranks[1, WITHOUT_MEMORY]
+    assert first == second
+    assert first.startswith("out of memory: rank 1: ")
+    assert "Tried to allocate 2.00 GiB" in first

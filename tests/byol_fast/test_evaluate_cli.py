@@ -14,6 +14,7 @@ from PIL import Image
 from byol_fast import checkpoint, export
 from byol_fast.errors import Exit
 from byol_fast.evaluate.__main__ import main
+from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.published import Published
 from byol_fast.evaluate.table import Row, render
 from byol_fast.networks.backbone import build_backbone
@@ -69,6 +70,10 @@ def run(*words) -> int:
     return main([str(word) for word in words] + ["--device", "cpu", "--threads", "2"])
 
 
+def abouts(weights):
+    return weights.parent.glob("feature-cache/*/about.json")
+
+
 def result_of(weights):
     (path,) = weights.parent.glob("backbone.*.json")
     return json.loads(path.read_text())
@@ -88,6 +93,8 @@ def test_knn_prints_a_table_and_writes_the_result(weights, data, capsys):
     assert result["weights"]["backbone"] == "resnet18"
     assert result["mean"] == [0.4, 0.5, 0.6] and result["std"] == [0.3, 0.2, 0.1]
     assert result["protocol"] == {"name": "knn", "k": [10, 20, 100, 200], "temperature": 0.07}
+    assert result["reading"]["backend"] == "torch"
+    assert result["reading"]["resizing"] == "bicubic, antialiased (torch, uint8)"
     assert result["images"] == {"train": 48, "test": 12} and result["image_size"] == 32
     assert result["data"]["classes"] == 3 and len(result["data"]["train_fingerprint"]) == 64
     assert result["top1"]["10"] > 0.9  # colours survive random weights
@@ -197,7 +204,86 @@ def test_images_that_vanish_are_counted(weights, tmp_path, capsys):
     again = ("--k", 3, "--no-cache")  # which goes by the folder's index, as the index does
     assert run("knn", "--weights", weights, "--data", root, *again) == Exit.DONE
     assert "1 images could not be decoded" in capsys.readouterr().out
-    assert result_of(weights)["undecodable"] == 1
+    result = result_of(weights)
+    assert result["undecodable"] == 1 and sum(map(len, result["undecodable_images"].values())) == 1
+    for path in weights.parent.glob("*.json"):
+        path.unlink()
+    everything = ("--test-data", class_folders(tmp_path / "test", 2, seed=1), "--epochs", 1)
+    words = ("--weights", weights, "--data", root, *everything, "--batch-size", 10)
+    assert run("linear", *words) == Exit.DONE  # also those that are trained on
+    result, out = result_of(weights), capsys.readouterr().out
+    assert "red/3.png: " in out and "(train)" in out and result["images"]["train"] == 29
+    (named,) = result["undecodable_images"]["train"]
+    assert named.endswith("red/3.png") and result["undecodable"] == 1
+
+
+def test_weights_replaced_meanwhile_are_not_taken_for_those_that_were_loaded(
+    weights, data, tmp_path, monkeypatch
+):
+    """A pretraining goes on beside the evaluation and writes its next export."""
+    first, newer = checkpoint.file_hash(weights), tmp_path / "newer"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["conv1.weight"] += 1
+    with safetensors.safe_open(weights, framework="pt") as file:
+        safetensors.torch.save_file(tensors, newer, metadata=file.metadata())
+    second, open_labelled = checkpoint.file_hash(newer), common.open_labelled
+
+    def replaced(args):
+        if newer.exists():
+            os.replace(newer, weights)
+        return open_labelled(args)
+
+    monkeypatch.setattr(common, "open_labelled", replaced)
+    for digest in (first, second):
+        words = ("--weights", weights, "--data", data, "--k", 5)
+        assert run("knn", *words) == Exit.DONE
+        result = result_of(weights)
+        assert result["weights"]["sha256"] == digest
+        assert result["images_per_second"] is not None  # nothing came out of the other's cache
+    kept = {json.loads(path.read_text())["network"]["weights"] for path in abouts(weights)}
+    assert kept == {first, second}
+
+
+def test_weights_rotated_away_do_not_end_an_evaluation(weights, data, tmp_path, monkeypatch):
+    run_folder, open_labelled = tmp_path / "run", common.open_labelled
+    loaded = export.read_weights(weights)
+    model = {f"online.encoder.backbone.{key}": value for key, value in loaded.tensors.items()}
+    path = checkpoint.save(
+        run_folder / "checkpoints", 3, {"model": model, "hyper": {**loaded.meta}}
+    )
+    digest = checkpoint.file_hash(path)
+
+    def rotated(args):
+        checkpoint.save(run_folder / "checkpoints", 4, {"model": {}}, keep=1)
+        return open_labelled(args)
+
+    monkeypatch.setattr(common, "open_labelled", rotated)
+    words = ("--weights", run_folder, "--data", data, "--epochs", 1, "--batch-size", 24)
+    assert run("linear", *words) == Exit.DONE
+    (where,) = run_folder.glob("step-00000003.linear-paper-*.json")  # not beside the checkpoints
+    assert json.loads(where.read_text())["weights"]["sha256"] == digest
+    assert (run_folder / "feature-cache").is_dir()
+    assert not list((run_folder / "checkpoints").glob("*linear*"))
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("knn", ("--k", 3)), ("linear", ("--quick",)), ("finetune", ("--quick", "--steps", 2))],
+)
+def test_class_numbers_may_have_gaps(weights, tmp_path, task, words):
+    """Taxon or product numbers: a head with a row for each number up to the largest is 2 GB."""
+    class_folders(tmp_path / "images", 6, names=("green", "red"))
+    numbers = {"green": 3, "red": 900_000}
+    lines = [f"{name}/{i}.png {numbers[name]}" for name in numbers for i in range(6)]
+    (tmp_path / "images" / "list.txt").write_text("\n".join(lines))
+    words = ("--weights", weights, "--data", tmp_path / "images" / "list.txt", *words)
+    assert run(task, *words, "--image-size", 16) == Exit.DONE
+    result = result_of(weights)
+    assert result["data"]["classes"] == 2 and "have gaps" in result["data"]["tested_on"]
+    if "head" in result:
+        with safetensors.safe_open(result["head"], framework="pt") as file:
+            assert json.loads(file.metadata()["classes"]) == ["3", "900000"]
+            assert file.get_tensor("bias").shape == (2,)
 
 
 def test_as_a_module_it_answers_help_without_torch():

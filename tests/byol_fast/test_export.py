@@ -1,8 +1,11 @@
 """Weights out and in again: bitwise, torchvision-keyed, whole or absent, and never executed."""
 
 import json
+import os
 import pickle
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -262,3 +265,102 @@ def test_meta_must_be_enough_and_plain(tmp_path, model):
     with pytest.raises(ValueError, match="plain JSON"):
         export.export_backbone(backbone, tmp_path / "b", {**model.hyper, "mean": torch.ones(3)})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def tiny() -> BYOL:
+    return small_byol(backbone=TinyNet(), hidden_layer="pool")
+
+
+def test_the_hash_is_of_the_bytes_that_were_loaded(tmp_path, tiny):
+    files = exported(tiny, tmp_path)
+    path = checkpoint.save(
+        tmp_path / "checkpoints", 1, {"model": tiny.state_dict(), "hyper": tiny.hyper}
+    )
+    for file in (*files, path):
+        digest, weights = checkpoint.file_hash(file), export.read_weights(file)
+        file.write_bytes(b"something else")
+        assert weights.sha256 == digest
+        file.unlink()
+        assert weights.sha256 == digest
+
+
+def test_a_file_is_read_once(tmp_path, tiny, monkeypatch):
+    """Replaced between two readings, the tensors of one network get the other one's hash."""
+    files = exported(tiny, tmp_path)
+    path = checkpoint.save(
+        tmp_path / "checkpoints", 1, {"model": tiny.state_dict(), "hyper": tiny.hyper}
+    )
+    read, opened = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self.name) or read(self))
+    for name in ("torch.load", "safetensors.safe_open"):
+        module, _, function = name.rpartition(".")
+        original = getattr(sys.modules[module], function)
+
+        def from_memory(source, *args, original=original, **options):
+            assert not isinstance(source, str | Path), "a second reading"
+            return original(source, *args, **options)
+
+        monkeypatch.setattr(name, from_memory)
+    for file in (*files, path):
+        opened.clear()
+        export.read_weights(file)
+        assert opened.count(file.name) == 1
+
+
+def test_a_checkpoint_rotated_away_while_it_is_opened_gives_way_to_the_next(
+    tmp_path, tiny, monkeypatch
+):
+    state = {"model": tiny.state_dict(), "hyper": tiny.hyper}
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, 1, state, keep=1)
+    read, raced = Path.read_bytes, []
+
+    def rotated(self):
+        if self.suffix == ".pt" and not raced:
+            raced.append(self)
+            checkpoint.save(folder, 2, state, keep=1)  # removes the first
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", rotated)
+    weights = export.read_weights(tmp_path)
+    assert raced and weights.meta["steps"] == 2
+    assert weights.sha256 == checkpoint.file_hash(checkpoint.path_of(folder, 2))
+
+
+def test_checkpoint_and_exports_hold_the_same_tensors(tmp_path, tiny):
+    state = {"model": tiny.state_dict(), "hyper": tiny.hyper}
+    checkpoint.save(tmp_path / "checkpoints", 1, state)
+    places = (*exported(tiny, tmp_path / "exports"), tmp_path / "checkpoints")
+    found = [export.read_weights(place) for place in places]
+    assert len({weights.tensors_sha256 for weights in found}) == 1
+    assert len({weights.sha256 for weights in found}) == 3
+    with torch.no_grad():
+        next(tiny.online.encoder.backbone.parameters()).add_(1)
+    other, _ = exported(tiny, tmp_path / "other")
+    assert export.read_weights(other).tensors_sha256 != found[0].tensors_sha256
+
+
+def test_results_of_a_checkpoint_go_to_the_run_folder(tmp_path, tiny):
+    state = {"model": tiny.state_dict(), "hyper": tiny.hyper}
+    path = checkpoint.save(tmp_path / "checkpoints", 1, state)
+    assert export.read_weights(tmp_path).folder == tmp_path
+    assert export.read_weights(path).folder == tmp_path
+    alone = tmp_path / "elsewhere" / path.name
+    alone.parent.mkdir()
+    alone.write_bytes(path.read_bytes())
+    assert export.read_weights(alone).folder == alone.parent
+    assert export.read_weights(exported(tiny, tmp_path / "exports")[0]).folder.name == "exports"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_written_files_have_the_rights_of_any_new_file(tmp_path, tiny, umask):
+    before = os.umask(umask)
+    try:
+        files = exported(tiny, tmp_path)
+        (tmp_path / "usual").touch()
+    finally:
+        os.umask(before)
+    usual = (tmp_path / "usual").stat().st_mode
+    assert usual & 0o777 == 0o666 & ~umask
+    assert [file.stat().st_mode for file in files] == [usual, usual]

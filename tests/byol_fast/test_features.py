@@ -180,6 +180,29 @@ def test_test_classes_are_matched_by_name():
     assert prepare(train, unused).test.labels.tolist() == [2]
 
 
+@pytest.mark.parametrize("names", [(), tuple(map(str, range(900_001)))], ids=["arrays", "list"])
+def test_class_numbers_with_gaps_make_no_classes(names):
+    """An array has no names; a list's are all numbers up to the largest."""
+    paths = [f"d/{i}.png" for i in range(10)]
+    data = prepare(Named(paths, [3, 900_000] * 5, names))
+    assert data.classes == ("3", "900000") and data.numbers.tolist() == [3, 900_000]
+    assert sorted(np.unique(data.train.labels)) == sorted(np.unique(data.test.labels)) == [0, 1]
+    assert "class numbers from 3 to 900000 have gaps" in data.source
+    test = Named(["t/0.png", "t/1.png"], [900_000, 3], names)
+    assert prepare(Named(paths, [3, 900_000] * 5, names), test).test.labels.tolist() == [1, 0]
+    with pytest.raises(DataError, match=r"1 classes that --data lacks \(7\)"):
+        prepare(Named(paths, [3, 900_000] * 5, names), Named(["t/0.png"], [7], names))
+
+
+def test_class_numbers_without_gaps_stay_as_they_are():
+    paths = [f"d/{i}.png" for i in range(10)]
+    unnamed, listed = Named(paths, [0, 1] * 5, ()), Named(paths, [0, 1] * 5, ("0", "1"))
+    folders = Named(paths, [0, 2] * 5, ("a", "b", "c"))  # b is a class, though empty
+    for store, classes in ((unnamed, ("0", "1")), (listed, ("0", "1")), (folders, tuple("abc"))):
+        data = prepare(store)
+        assert data.classes == classes and data.numbers is None and "gaps" not in data.source
+
+
 def test_unusable_data_is_refused():
     with pytest.raises(DataError, match="--data has no labels"):
         prepare(Named(["a", "b"], [-1, -1], ()))

@@ -7,6 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -197,7 +199,7 @@ def test_predict_does_the_rest_when_an_image_is_broken(weights, folders, head, t
     )
 
 
-def test_the_classifier_in_python(weights, folders, head, tmp_path, caplog):
+def test_the_classifier_in_python(weights, folders, head, tmp_path):
     import byol_fast
 
     assert byol_fast.Classifier is Classifier
@@ -216,10 +218,31 @@ def test_the_classifier_in_python(weights, folders, head, tmp_path, caplog):
     assert found == pytest.approx(expected, abs=1e-5)
     with pytest.raises(byol_fast.classifier.DataError, match="gone"):
         classifier.predict(tmp_path / "gone.png")
+
+
+def test_a_head_of_other_weights_is_refused(weights, folders, head, tmp_path, capsys):
+    """Its rows mean other features: the classes it names would be chance."""
+    tensors = safetensors.torch.load_file(weights)
+    with safetensors.safe_open(weights, framework="pt") as file:
+        metadata = file.metadata()
+    again, other = tmp_path / "again.safetensors", tmp_path / "other.safetensors"
+    safetensors.torch.save_file(tensors, again, metadata={**metadata, "copied": "yes"})
+    safetensors.torch.save_file(
+        {**tensors, "conv1.weight": tensors["conv1.weight"] + 1}, other, metadata=metadata
+    )
+    assert Classifier.load(again, head).classes  # the same tensors in another file
+    words = ("predict", folders / "green" / "2.png", "--head", head, "--device", "cpu")
+    assert main([str(word) for word in (*words, "--weights", other)]) == Exit.USAGE
+    said = capsys.readouterr()
+    assert "was trained on the features of other weights" in said.err and not said.out
     layer, classes, about = heads.load(head)
-    heads.save(layer, tmp_path / "h", classes=classes, about={**about, "weights_sha256": "x"})
-    Classifier.load(weights, tmp_path / "h")
-    assert "was trained on other weights" in caplog.text
+    del about["weights_tensors_sha256"]  # as earlier versions wrote it
+    heads.save(layer, tmp_path / "h", classes=classes, about=about)
+    assert Classifier.load(weights, tmp_path / "h").classes
+    with pytest.raises(ValueError, match="other weights"):
+        Classifier.load(again, tmp_path / "h")
+    heads.save(layer, tmp_path / "h", classes=classes)  # it does not say
+    assert Classifier.load(other, tmp_path / "h").classes
     narrow = torch.nn.Linear(5, 3)
     heads.save(narrow, tmp_path / "h", classes=classes)
     with pytest.raises(ValueError, match=r"takes 5 features and .* gives 512"):

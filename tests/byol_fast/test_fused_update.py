@@ -204,7 +204,7 @@ def test_addresses_that_could_not_be_sent_are_sent_by_settle(monkeypatch):
     optimizer = LARS([p], lr=0.5, impl="fused")
     p.grad = torch.ones_like(p)
     optimizer.step()
-    group = optimizer._fused[0]
+    group = optimizer._dispatch.fused[0]
     first = group._table.clone()
     group._addresses = [*group._addresses[:1], 16, *group._addresses[2:]]  # as a capture leaves it
     optimizer.settle()

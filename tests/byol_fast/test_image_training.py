@@ -23,6 +23,7 @@ from pipelines.errors import DataError
 from pipelines.plan import EpochPlan
 from pipelines.spec import AugmentSpec
 from pipelines.stores import open_store
+from tests.byol_fast.networks import NoGrey, Unreadable
 
 SPEC = AugmentSpec(image_size=16)
 ALONE = World(0, 1, torch.device("cpu"))
@@ -240,7 +241,7 @@ def test_measuring_knows_a_perfect_and_a_wrong_classifier():
 
     spec = AugmentSpec(mean=(0.0,) * 3, std=(1.0,) * 3)
     each, tested, bad = scores.measure(Colour(), store, 3, image_size=16, spec=spec, threads=1)
-    assert [s.top1 for s in each[:2]] == [1.0, 0.0] and (tested, bad) == (30, 0)
+    assert [s.top1 for s in each[:2]] == [1.0, 0.0] and (tested, bad) == (30, {})
     assert each[2].top1 == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="lower rate"):
         scores.measure(
@@ -343,24 +344,61 @@ def test_mistakes_are_named():
         train(tiny(), squares(24), replace(SHORT, base_lr=1e30))
 
 
+BROKEN = (3, 7, 20, 28)
+
+
+def test_images_that_cannot_be_decoded_are_not_trained_on(caplog):
+    module = heads.FineTuned(NoGrey(), 3, 3)
+    store = Unreadable(squares(30), BROKEN)
+    result = train(module, store, replace(SHORT, steps=6))
+    assert result.bad == dict.fromkeys(BROKEN, "gone") and np.isfinite(result.final_loss)
+    assert "4 images could not be decoded and are left out: images[3]: gone" in caplog.text
+    with pytest.raises(DataError, match="none of the 12 images of a training batch"):
+        train(tiny(), Unreadable(squares(30), range(30)), replace(SHORT, steps=6))
+
+
+def test_images_left_out_before_an_interruption_stay_counted(tmp_path, monkeypatch):
+    store = Unreadable(squares(30), BROKEN)
+    recipe = replace(SHORT, steps=5)  # the last two steps see most images, not all
+    whole = train(tiny(), store, recipe)
+    resume = Progressing(folder=tmp_path, about={}, every=0.0)
+    look = finetune._Run.look
+
+    def stopped(self, stop):
+        look(self, stop)
+        if self.step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune._Run, "look", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), store, recipe, resume=resume)
+    monkeypatch.setattr(finetune._Run, "look", look)
+    assert train(tiny(), store, recipe, resume=resume).bad == whole.bad
+
+
 def _rank(rank, port, file):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     world = distributed.start("cpu")
     module = tiny()
-    train(module, squares(30), replace(SHORT, steps=6), world=world)
+    result = train(module, squares(30), replace(SHORT, steps=6), world=world)
+    broken = Unreadable(squares(30), BROKEN)
+    left_out = train(tiny(), broken, replace(SHORT, steps=6), world=world).bad
     if world.is_main:
-        torch.save(module.state_dict(), file)
+        kept = {**module.state_dict(), "loss": result.final_loss, "bad": sorted(left_out)}
+        torch.save(kept, file)
     distributed.stop()
 
 
 @pytest.mark.dist
 def test_two_ranks_train_what_one_does(in_ranks, tmp_path):
     in_ranks(_rank, 2, free_port(), tmp_path / "out.pt")
-    train(alone := tiny(), squares(30), replace(SHORT, steps=6))
+    one = train(alone := tiny(), squares(30), replace(SHORT, steps=6))
     two = torch.load(tmp_path / "out.pt", weights_only=True)
     for key, value in alone.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             assert torch.allclose(two[key], value, atol=1e-4), key
+    assert two["loss"] == pytest.approx(one.final_loss, rel=1e-4)  # not of rank 0's share alone
+    assert two["bad"] == list(BROKEN)  # whichever rank met them
 
 
 # -- few labels

@@ -146,3 +146,12 @@ def test_gpu_equals_cpu():
     bank, labels, queries, _ = random_task(seed=5)
     on_cpu = knn.predict(bank, labels, queries, classes=7)
     assert torch.equal(knn.predict(bank, labels, queries, classes=7, device="cuda"), on_cpu)
+
+
+def test_votes_of_large_class_numbers_take_no_memory():
+    """A column for each number would be 1.4 TB here."""
+    bank, labels, queries, _ = random_task()
+    numbers = torch.tensor([5, 70, 71, 900_000, 10**9, 2 * 10**9, 2 * 10**9 + 1])
+    plain = knn.predict(bank, labels, queries, classes=7)
+    large = knn.predict(bank, numbers[labels], queries, classes=2 * 10**9 + 2)
+    assert torch.equal(large, numbers[plain])

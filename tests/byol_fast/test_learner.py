@@ -167,3 +167,11 @@ def test_what_is_no_image() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         view(images())
+
+
+def test_the_package_lists_what_it_exports():
+    """Completion in a shell and in editors asks `dir`; a star import asks `__all__`."""
+    import byol_fast
+
+    assert set(byol_fast.__all__) <= set(dir(byol_fast))
+    assert all(hasattr(byol_fast, name) for name in dir(byol_fast))

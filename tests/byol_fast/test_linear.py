@@ -19,6 +19,7 @@ from pipelines.plan import EpochPlan
 from pipelines.sources.torch_source import TorchSource
 from pipelines.spec import AugmentSpec, Colour
 from pipelines.stores import open_store
+from tests.byol_fast.networks import CountingMeans, NoGrey, Unreadable
 
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200))
 
@@ -91,6 +92,17 @@ def test_the_same_seed_gives_the_same_head_for_any_thread_count():
 
     assert torch.equal(weights(0, 1), weights(0, 3))
     assert not torch.equal(weights(0, 1), weights(1, 1))
+
+
+@pytest.mark.parametrize("protocol", [SHORT, replace(linear.QUICK, batch_size=20)])
+def test_training_images_that_cannot_be_decoded_are_left_out_and_counted(protocol, caplog):
+    train = Unreadable(coloured_shapes(50), (0, 9))
+    test = coloured_shapes(20, seed=1)
+    net = CountingMeans() if protocol.cached else NoGrey()  # there features are left out
+    result = linear.fit(net, train, test, protocol=protocol, image_size=16, threads=1)
+    assert result.bad_train == {0: "gone", 9: "gone"} and result.bad_test == {}
+    assert result.bad_images == 2 and result.test_images == 20
+    assert "2 images could not be decoded and are left out: images[0]: gone" in caplog.text
 
 
 @pytest.mark.parametrize("protocol", [SHORT, replace(linear.MMPRETRAIN, batch_size=20, epochs=12)])
@@ -227,6 +239,26 @@ def test_quick_features_of_any_scale_and_dead_channels():
     assert result.top1 == 1.0 and result.protocol.batch_size == 60
     off = replace(bank, features=x + torch.tensor([0, 0, 0, 1.0]))  # the dead channel wakes up
     assert torch.isfinite(result.head(off.features)).all()
+
+
+@pytest.mark.parametrize("protocol", [SHORT, replace(linear.QUICK, batch_size=20, base_lr=1.0)])
+def test_large_class_numbers_make_a_small_head(protocol, caplog):
+    numbers = np.array([3, 17, 90_000, 500_000, 900_000])
+    train, test = coloured_shapes(100), coloured_shapes(40, seed=1)
+    expected = linear.fit(Averages(), train, test, protocol=protocol, image_size=16, threads=1)
+    train.labels, test.labels = numbers[train.labels], numbers[test.labels]
+    result = linear.fit(Averages(), train, test, protocol=protocol, image_size=16, threads=1)
+    assert result.numbers.tolist() == numbers.tolist() and expected.numbers is None
+    assert torch.equal(result.head.weight, expected.head.weight) and result.top1 == expected.top1
+    assert "a row for each of the 5 classes that occur" in caplog.text
+
+
+def test_test_images_of_no_training_class_are_misses():
+    x, ids = torch.eye(4), torch.arange(4)
+    train = Features(x, torch.tensor([3, 900_000, 3, 900_000]), ids)
+    test = Features(x, torch.tensor([3, 900_000, 5, 900_001]), ids)
+    result = linear.fit_features(train, test, classes=900_002)
+    assert result.top1 == 0.5 and result.head.weight.shape == (2, 4)
 
 
 def test_batches_have_no_gap():

@@ -219,3 +219,26 @@ def test_dry_run_looks_at_the_network_too(
     assert main([*words, "--hidden-layer", "layer9"]) == 2
     said = capfd.readouterr().err
     assert "resnet19" in said and "layer9" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "message"),
+    [
+        (("--tracker", "wandb"), "wandb", "W&B is not installed"),
+        (("--tracker", "both"), "wandb", "W&B is not installed"),
+        (("--backend", "dali:cpu"), "nvidia", "the dali backend needs NVIDIA DALI"),
+        (("--backend", "ffcv"), "numba", "the ffcv backend needs FFCV"),
+    ],
+)
+def test_dry_run_misses_the_packages_that_the_run_would_miss(
+    folder: Path, tmp_path: Path, capfd, monkeypatch, words, package: str, message: str
+) -> None:
+    for name in ("dali_source", "dali_graph", "ffcv_source", "ffcv_kernel"):
+        monkeypatch.delitem(sys.modules, f"pipelines.sources.{name}", raising=False)
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    asked = [*TINY, "--data", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main([*asked, *words]) == 2
+    said = capfd.readouterr().err
+    assert message in said and "Traceback" not in said and not (tmp_path / "run").exists()

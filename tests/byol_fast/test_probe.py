@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 
+import pytest
 import torch
 
 from byol_fast.watching.probe import OnlineProbe
@@ -28,6 +30,72 @@ def test_it_learns_a_separable_set() -> None:
     assert probe.accuracy(features[:32], labels) == 1.0
 
 
+def of_a_network(
+    seed: int, features: int, directions: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both views' features of 64 images in 10 classes: off centre, correlated, of any scale."""
+    fixed = torch.Generator().manual_seed(0)
+    basis = torch.randn(directions, features, generator=fixed)
+    centres = 2 * torch.randn(10, directions, generator=fixed)
+    offset = 3 * torch.rand(features, generator=fixed)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (64,), generator=generator)
+    views = [
+        (centres[labels] + 0.5 * torch.randn(64, directions, generator=generator)) @ basis
+        for _ in range(2)
+    ]
+    return (torch.cat(views) + offset) * scale, labels
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(("features", "directions"), [(512, 64), (512, 8), (2048, 8)])
+def test_separable_features_of_any_scale_are_learned(
+    features: int, directions: int, scale: float
+) -> None:
+    probe = OnlineProbe(features, 10, CPU)
+    losses = [
+        float(probe.update(*of_a_network(seed, features, directions, scale))) for seed in range(200)
+    ]
+    assert max(losses) < math.log(10) + 0.01, "it never does worse than chance"
+    assert losses[-1] < 0.2
+    unseen, labels = of_a_network(10**6, features, directions, scale)
+    assert probe.accuracy(unseen[:64], labels) > 0.95
+
+
+def test_features_that_are_all_alike_do_not_make_it_diverge() -> None:
+    """Of a collapsed network: one direction alone, where the loss is as curved as it can be."""
+    probe = OnlineProbe(2048, 10, CPU)
+    losses = [float(probe.update(*of_a_network(seed, 2048, 1, 1.0))) for seed in range(100)]
+    assert max(losses) < math.log(10) + 0.01
+
+
+def test_features_that_grow_while_they_are_learned() -> None:
+    probe = OnlineProbe(512, 10, CPU)
+    for seed in range(300):
+        scale = 10 ** (seed / 100 - 1.5)
+        last = float(probe.update(*of_a_network(seed, 512, 32, scale)))
+    unseen, labels = of_a_network(10**6, 512, 32, scale)
+    assert last < 0.2 and probe.accuracy(unseen[:64], labels) > 0.95
+
+
+def test_a_step_that_is_not_finite_leaves_the_running_means() -> None:
+    probe = OnlineProbe(8, 3, CPU)
+    probe.update(*batch(0))
+    before = copy.deepcopy(probe.state_dict()["running"])
+    bad = batch(1)[0]
+    bad[3] = torch.nan
+    probe.update(bad, batch(1)[1], torch.tensor(False))
+    for name, value in probe.state_dict()["running"].items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_probe_of_an_earlier_version_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    probe = OnlineProbe(8, 3, CPU)
+    old = {"linear": {"weight": torch.ones(3, 8), "bias": torch.ones(3)}, "optimizer": {}}
+    probe.load_state_dict(old)
+    assert not probe.linear.weight.any() and "begins anew" in caplog.text
+
+
 def test_no_gradient_reaches_the_representation() -> None:
     features, labels = batch(0)
     features.requires_grad_()
@@ -39,10 +107,12 @@ def test_a_batch_without_labels_changes_nothing() -> None:
     probe = OnlineProbe(8, 3, CPU)
     probe.update(*batch(0))
     probe._optimizer.state.clear()  # momentum would move the weights by itself
-    before = probe.linear.weight.clone()
+    before = copy.deepcopy(probe.state_dict())
     loss = probe.update(batch(1)[0], torch.full((32,), -1))
     assert float(loss) == 0.0
-    assert torch.equal(probe.linear.weight, before)
+    for part in ("linear", "running"):
+        for name, value in probe.state_dict()[part].items():
+            assert torch.equal(value, before[part][name]), name
 
 
 def test_unlabelled_images_are_left_out() -> None:
@@ -63,3 +133,4 @@ def test_state_round_trip_continues_bitwise() -> None:
     one.update(*batch(1))
     two.update(*batch(1))
     assert torch.equal(one.linear.weight, two.linear.weight)
+    assert torch.equal(one.mean, two.mean) and torch.equal(one.var, two.var)

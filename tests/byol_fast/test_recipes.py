@@ -110,6 +110,7 @@ def test_arithmetic_of_the_paper() -> None:
         "312784 steps = 1000 epochs × 1281167 images // 4096",
         "3127 warm-up steps = 10 epochs × 1281167 images // 4096",
         "weight decay 1.5e-06, EMA decay 0.996 → 1",
+        "BatchNorm's statistics are over all 4096 images of a step",
     ]
 
 
@@ -119,13 +120,64 @@ def test_accumulation_is_part_of_the_arithmetic() -> None:
     assert "4096 = 2 ranks × 512 × 4" in run.arithmetic()[1]
 
 
-def test_a_warm_up_that_would_fill_the_run_is_a_tenth_of_it() -> None:
+def test_the_recipes_warm_up_never_fills_the_run() -> None:
     run = resolved("--epochs 10 --batch-size 100", samples=1000, ranks=1)
     assert (run.total_steps, run.warmup_steps) == (100, 10)
-    assert run.arithmetic()[3] == (
-        "10 warm-up steps = 100 // 10, as 10 epochs (100 steps) is the whole run"
-    )
+    assert run.config.optim.warmup_epochs == 1.0, "printed and saved as it is used"
+    assert "10 warm-up steps = 1 epochs × 1000 images // 100" in run.arithmetic()
+    assert resolved("--epochs 7 --batch-size 100", samples=1000, ranks=1).warmup_steps == 7
+    assert resolved("--epochs 3 --batch-size 100", samples=1000, ranks=1).warmup_steps == 3
     assert resolved("--epochs 11 --batch-size 100", samples=1000, ranks=1).warmup_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "steps"), [(10, "10", 100), (10, "9", 90), (10, "0.5", 5), (3, "0.3", 3)]
+)
+def test_a_warm_up_set_by_hand_is_honoured(epochs: int, warmup: str, steps: int) -> None:
+    """10 of 10 epochs became a tenth of the run."""
+    argv = f"--epochs {epochs} --warmup-epochs {warmup} --batch-size 100"
+    run = resolved(argv, samples=1000, ranks=1)
+    assert run.warmup_steps == steps
+    again = resolve(run.config, samples=1000, world_size=1)  # as from the run's config.yaml
+    assert (again.warmup_steps, again.config) == (steps, run.config)
+    rises = "the learning rate rises until the run ends" in "\n".join(run.arithmetic())
+    assert rises is (steps == run.total_steps)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"warmup-epochs 11 \(110 steps\) is longer.*use 10 at"):
+        resolved("--epochs 10 --warmup-epochs 11 --batch-size 100", samples=1000, ranks=1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("epochs", [1, 2, 9, 10, 11, 1000])
+def test_a_saved_configuration_is_the_same_run(recipe: str, epochs: int) -> None:
+    run = resolved(f"--recipe {recipe} --epochs {epochs}", samples=100_000, ranks=1)
+    again = resolve(run.config, samples=100_000, world_size=1)
+    assert again == run
+    assert run.warmup_steps < run.total_steps
+
+
+@pytest.mark.parametrize(
+    ("argv", "ranks", "words"),
+    [
+        ("", 8, "over all 4096 images of a step"),
+        ("--accumulate 8", 1, "over 512 of the 4096 images of a step, not over all as in the"),
+        ("--accumulate 8", 1, "8 micro-batches (--input.accumulate)"),
+        ("--accumulate 2", 4, "over 2048 of the 4096"),
+        ("--bn-sync none", 8, "over 512 of the 4096"),
+        ("--bn-sync none", 8, "1 of 8 ranks together (--model.bn-sync)"),
+        ("--bn-sync none --accumulate 2", 8, "over 256 of the 4096"),
+    ],
+)
+def test_how_many_images_batchnorm_sees_is_logged(argv: str, ranks: int, words: str) -> None:
+    (line,) = [t for t in resolved(argv, ranks=ranks).arithmetic() if "BatchNorm" in t]
+    assert words in line
+
+
+def test_without_batchnorm_nothing_is_said_of_its_statistics() -> None:
+    lines = resolved("--method group-ws --accumulate 8", ranks=1).arithmetic()
+    assert not any("BatchNorm" in line for line in lines)
 
 
 def test_max_steps_ends_early_without_touching_the_schedule() -> None:

@@ -242,7 +242,7 @@ def test_f4_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(runs, tmp_
         stop += 3
         run = runs(out, *SMALL, "--checkpoint.every", 1, "--max-steps", stop)
         assert run.wait() == 0, run.said
-        assert newest.name in run.said
+        assert f"{newest} was set aside as {newest.name}.damaged" in run.said
         assert f"resumed at step {int(before.stem[5:])} of 24" in run.said
     assert runs(out, *SMALL).wait() == 0
     assert_same_run(whole, out)
@@ -251,14 +251,57 @@ def test_f4_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(runs, tmp_
 def test_f4_one_that_cannot_be_read_is_named_and_the_one_before_is_taken(runs, tmp_path: Path):
     out = tmp_path / "run"
     assert runs(out, *SMALL, "--checkpoint.every", 1, "--max-steps", 3).wait() == 0
-    before, newest = sorted((out / "checkpoints").glob("*.pt"))
+    *_, newest = sorted((out / "checkpoints").glob("*.pt"))
     newest.chmod(0)
     for ranks in (1, 2):
+        # Step 1 or 2: a checkpoint that falls due while another is being written is left out.
+        before = sorted((out / "checkpoints").glob("*.pt"))[-2]
         run = runs(out, *SMALL, "--max-steps", 2, ranks=ranks, fault=AS_ANYBODY)
         assert run.wait() == 0, run.said
         assert f"{newest}: cannot be read: Permission denied" in run.said
         assert f"resumed at step {int(before.stem[5:])} of 24" in run.said
-        assert "Traceback" not in run.said
+        assert "Traceback" not in run.said and newest.exists()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_f25_a_good_checkpoint_outlives_a_damaged_one(runs, tmp_path: Path, ranks: int):
+    """5 is good and 6 damaged; the run goes on from 5 and saves 9; then 9 is damaged as well."""
+    out, words = tmp_path / "run", (*SMALL, "--checkpoint.every", "100")
+    for step in (5, 6):
+        assert runs(out, *words, "--max-steps", step, ranks=ranks).wait() == 0
+    _flip(checkpoint.path_of(out / "checkpoints", 6))
+    run = runs(out, *words, "--max-steps", 9, ranks=ranks)
+    assert run.wait() == 0, run.said
+    assert "resumed at step 5 of 24" in run.said
+    assert "step-00000006.pt was set aside as step-00000006.pt.damaged" in run.said
+    names = [p.name for p in sorted((out / "checkpoints").glob("*.pt"))]
+    assert names == ["step-00000005.pt", "step-00000009.pt"]
+    _flip(checkpoint.path_of(out / "checkpoints", 9))
+    run = runs(out, *words, "--max-steps", 9, ranks=ranks)
+    assert run.wait() == 0, run.said
+    assert "resumed at step 5 of 24" in run.said and final(out)["step"] == 9
+
+
+@pytest.mark.dist
+def test_f27_a_rank_that_cannot_load_the_checkpoint_is_named_and_all_end(runs, tmp_path: Path):
+    """Its machine's view of the disk differs, and the others must not wait for it in a step."""
+    out = tmp_path / "run"
+    assert runs(out, *SMALL, "--max-steps", 2).wait() == 0
+    fault = (
+        "import os\n"
+        "from byol_fast import checkpoint\n"
+        "from byol_fast.errors import CheckpointError\n"
+        "def load(path, **_):\n"
+        "    raise CheckpointError(f'{path}: there is no such checkpoint')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    checkpoint.load = load\n"
+    )
+    run = runs(out, *SMALL, ranks=2, fault=fault)
+    run.wait(30)
+    assert set(run.codes.values()) == {3}, run.said
+    assert "rank 1 on " in run.said and "there is no such checkpoint" in run.said
+    assert "Traceback" not in run.said
 
 
 def test_f4_none_is_left(runs, tmp_path: Path):

@@ -17,14 +17,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import pipelines
+from byol_fast.pretrain import main as pretrain
 from pipelines.convert import main as convert
 from pipelines.sources import FILL
 from pipelines.spec import AugmentSpec
-from tests.faults.data_support import BACKENDS, NO_HANG, command, ended, make_folder, pictures
+from pipelines.stores.arrays import ArrayStore
+from tests.faults.command import BACKBONE
+from tests.faults.data_support import BACKENDS, NO_HANG, TINY, command, ended, make_folder, pictures
 from tests.faults.test_checkpoints import AS_ANYBODY
 
 IMAGES, BATCH, SIZE = 24, 4, 32
@@ -283,3 +287,25 @@ def test_flipped_bits_harm_no_neighbour(backend: str, tmp_path: Path) -> None:
     assert set(pipeline.source.bad) <= set(hit)
     assert all(torch.equal(shown[row], wanted[row]) for row in wanted if row not in hit)
     assert any(not torch.equal(shown[row], wanted[row]) for row in hit)
+
+
+def test_an_array_file_cut_short_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 4 and a status that says so, where a mapped file ended the process by SIGBUS."""
+    data, out = tmp_path / "images.npy", tmp_path / "run"
+    np.save(data, np.random.default_rng(0).integers(0, 256, (400, 40, 40, 3), np.uint8))
+    real, reads = ArrayStore.read, list[int]()
+
+    def read(store: ArrayStore, row: int) -> Any:
+        reads.append(row)
+        if len(reads) == 100:
+            os.truncate(data, 10_000)
+        return real(store, row)
+
+    monkeypatch.setattr(ArrayStore, "read", read)
+    words = [*TINY, "--data", str(data), "--out", str(out), "--backbone", BACKBONE]
+    assert pretrain([*words, "--eval-every", "0"]) == 4
+    assert f"{data} was cut short while it was read" in capsys.readouterr().err
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "failed" and "cut short" in status["reason"]

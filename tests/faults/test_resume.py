@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -128,3 +129,33 @@ def test_f9_a_changed_setting_is_shown_and_refused_unless_allowed(runs, tmp_path
     assert allowed.wait() == 0, allowed.said
     assert "seed: 0 → 1" in allowed.said
     assert final(out)["step"] == 24
+
+
+# Each step takes a second, all else nothing; kill -9 of itself after the checkpoint of step 10.
+SECONDS = """
+import os, signal, types
+from byol_fast import checkpoint, trainer
+from byol_fast.session import clock
+now = [0.0]
+clock.time = types.SimpleNamespace(perf_counter=lambda: now[0])
+real_step = trainer.Trainer._one_step
+def one_step(self, views):
+    now[0] += 1.0
+    if {die} and self.step == 12:
+        self.saving.settle()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_step(self, views)
+trainer.Trainer._one_step = one_step
+"""
+
+
+def test_seconds_of_an_interrupted_run_are_those_of_its_steps(runs, tmp_path: Path):
+    """They stopped at the last line of the log, so that the run seemed to have been faster."""
+    out, words = tmp_path / "run", (*SMALL, "--log-every", "1000", "--checkpoint.every", "10")
+    run = runs(out, *words, fault=SECONDS.format(die=True))
+    assert run.wait() == -signal.SIGKILL, run.said
+    assert (final(out)["step"], final(out)["seconds"]) == (10, 10.0)
+    assert runs(out, *words, fault=SECONDS.format(die=False)).wait() == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert (final(out)["seconds"], summary["training_seconds"]) == (24.0, 24.0)
+    assert summary["images_per_second"] == 8.0

@@ -277,10 +277,10 @@ def test_a_corrupt_jpeg_does_not_end_the_run(
 
 
 def test_bad_images_found_while_reading_cost_no_pipeline(graphs: list[Any]) -> None:
-    """A truncated JPEG is one of them: it lacks its end marker."""
+    """Truncated JPEGs are among them: they lack their end marker."""
     good = encoded(picture(48, 64))
     images = [good, bad("it is gone"), b"", b"<html>", encoded(picture(48, 63))]
-    images += [good[: len(good) // 2], good[:-1], good[:-2] + b"\0" * 999]
+    images += [good[: len(good) // 2], good[:-9], good[:-60] + b"\0" * 999]
     store = FakeStore(images, sizes=[(48, 64)] * 8)
     source = make(store)
     (crops,) = source.crops(rows_of(store, [list(range(8))]))

@@ -186,11 +186,11 @@ def test_floating_point_pixels_are_refused() -> None:
         (b"\n <!DOCTYPE html><html>", "web page"),
         (b"\xef\xbb\xbf<?xml version='1.0'?><svg/>", "web page"),
         (b"not an image at all", "no image of a known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript document"),
         (b"\xff\xd8\xff", "truncated"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF", "truncated"),
         (b"\xff\xd8\xff\xd9\x00\x00", "no frame header"),
-        (b"\xff\xd8\xff\xe0\x00\x02\x00\x00\x00\x00", "no marker"),
+        (b"\xff\xd8\xff\xe0\x00\x02\x00\x00\x00\x00", "truncated"),
         (b"\xff\xd8\xff\xc0\x00\x02\xff\xda\x00\x03\x01", "a frame header of the wrong length"),
     ],
 )
@@ -387,12 +387,12 @@ def test_upper_rows_of_a_jpeg_in_several_scans() -> None:
     data = encode(picture(100, 60), "JPEG", progressive=True)
     frame = data.index(b"\xff\xc2")
     separate = data[:frame] + b"\xff\xc0" + data[frame + 2 :]
-    frame_of = decode._jpeg_frame(separate)
+    frame_of = decode._frame(separate)
     assert frame_of is not None
     assert frame_of.one_scan  # the first scan of Pillow's progressive files holds all three
     scan = separate.index(b"\xff\xda")
     one = separate[: scan + 4] + b"\x01" + separate[scan + 5 :]
-    frame_of = decode._jpeg_frame(one)
+    frame_of = decode._frame(one)
     assert frame_of is not None
     assert not frame_of.one_scan
 

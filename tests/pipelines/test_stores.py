@@ -142,13 +142,6 @@ def test_arrays(tmp_path: Path, kind: str) -> None:
         np.testing.assert_array_equal(store.read(row), images[row])
 
 
-def test_npy_is_mapped_not_read(tmp_path: Path) -> None:
-    np.save(tmp_path / "data.npy", pictures())
-    store = open_store(tmp_path / "data.npy")
-    assert isinstance(store, ArrayStore)
-    assert isinstance(store.images, np.memmap)
-
-
 @pytest.mark.parametrize("shape", [(4, 9, 7), (4, 9, 7, 1)])
 def test_grey_arrays(shape: tuple[int, ...]) -> None:
     grey = np.arange(4 * 9 * 7, dtype=np.uint8).reshape(shape)

@@ -75,10 +75,10 @@ def _accuracy(
         job.train(module, fit, recipe, part)
     except Diverged:
         return 0.0
-    each, _, _ = job.test(module, held, part)
+    found = job.test(module, held, part)
     if job.world.is_main:
         shutil.rmtree(job.folder_of(part), ignore_errors=True)
-    return metric(each[0])
+    return metric(found.each[0])
 
 
 def _key(job: Job, recipe: Recipe) -> str:

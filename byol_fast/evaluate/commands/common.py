@@ -25,7 +25,12 @@ def weights_flags(parser: argparse.ArgumentParser) -> None:
     network_flags(parser)
     add = parser.add_argument
     add("--image-size", type=int, help="pixels; else as trained, else 224")
-    add("--backend", default="auto", choices=["auto", "torch", "dali", "ffcv"], help="who decodes")
+    add(
+        "--backend",
+        default="auto",
+        choices=["auto", "torch", "dali", "ffcv"],
+        help="who decodes; auto: torch, on every machine",
+    )
 
 
 def network_flags(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +143,7 @@ def open_cache(args: argparse.Namespace, network: Network) -> FeatureCache:
     from byol_fast.evaluate.cache import FeatureCache
 
     weights = network.weights
-    beside = weights.file.with_name("feature-cache")
+    beside = weights.folder / "feature-cache"
     described = {
         "weights": weights.sha256,
         "backbone": args.backbone or weights.meta.get("backbone"),
@@ -195,15 +200,14 @@ def headline(rows: list[Row]) -> str:
     return f"{name} {100 * max(row.figures.get(name, 0.0) for row in rows):.2f}"
 
 
-def left_out(images: int) -> list[str]:
-    """A note where images could not be decoded."""
-    return [f"{images} images could not be decoded and are left out"] if images else []
-
-
 def device_of(name: str) -> torch.device:
-    """The device that `--device` names; ValueError where there is none."""
+    """The device that `--device` names, torch's threads limited to the usable cores; ValueError
+    where there is none."""
     import torch
 
+    from pipelines.cores import limit_torch_threads
+
+    limit_torch_threads()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -12,6 +12,7 @@ from byol_fast.evaluate import record
 from byol_fast.evaluate.commands import common
 from byol_fast.evaluate.dense.recipes import PUBLISHED, Recipe
 from byol_fast.evaluate.published import Published
+from pipelines.cores import worker_threads
 
 if TYPE_CHECKING:
     from byol_fast.evaluate.dense.loop import Trained
@@ -92,7 +93,7 @@ def training(
         "folder": where.with_name(where.name.removesuffix(".json") + ".checkpoints"),
         "identity": _identity(recipe, network, train, args.seed),
         "seed": args.seed,
-        "threads": args.threads or len(os.sched_getaffinity(0)),
+        "threads": args.threads or worker_threads(),
         "save_every": args.save_every,
         "progress": True,
     }
@@ -113,6 +114,8 @@ def provenance(
     fingerprints: tuple[str, str],
 ) -> dict[str, Any]:
     """What the figures belong to. The sizes of images are the recipe's, and stand there."""
+    from byol_fast.evaluate.decoding import DECODERS
+
     about = record.about(args, network)
     del about["image_size"]
     data = {
@@ -123,7 +126,8 @@ def provenance(
         "test_set": names[1],
         "test_fingerprint": fingerprints[1],
     }
-    return {**about, "data": data}
+    reading = {"decoder": DECODERS["torch"], "resizing": "bilinear, not antialiased (torch)"}
+    return {**about, "reading": reading, "data": data}
 
 
 def trained(outcome: Trained, test_images_per_second: float) -> dict[str, Any]:

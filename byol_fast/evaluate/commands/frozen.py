@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from byol_fast.evaluate.data import Labelled
     from byol_fast.evaluate.features import Crop, Features
     from byol_fast.evaluate.parts import Parts
+    from byol_fast.evaluate.undecodable import Named
     from pipelines.stores import Store
 
     Targets = npt.NDArray[np.int8]  # [n, C]: 1 present, 0 absent, -1 difficult
@@ -53,6 +54,7 @@ class Frozen:
     crop: Crop
     corners: bool  # four averages a channel instead of one, where the network is a ResNet
     used: list[Features] = field(default_factory=list)
+    stores: list[tuple[str, Store]] = field(default_factory=list)  # label and images of each
     keys: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -81,6 +83,7 @@ class Frozen:
             **which,
         )
         self.used.append(out)
+        self.stores.append((label, store))
         return out
 
     def targets(self, part: str, features: Features) -> Targets:
@@ -135,14 +138,23 @@ class Frozen:
         """Whether the features are the benchmark's: not with --quick, and of ResNets alone."""
         return self.corners and not self.args.quick
 
-    def undecodable(self) -> int:
-        return sum(len(each.bad) for each in self.used)
+    def bad(self) -> dict[str, Named]:
+        """The images that could not be decoded, by what they were for."""
+        from byol_fast.evaluate import undecodable
+
+        stores = zip(self.stores, self.used, strict=True)
+        return {
+            label.removesuffix(" features"): undecodable.named(store, out.bad)
+            for (label, store), out in stores
+        }
 
     def notes(self) -> list[str]:
         """What the output says below the table."""
+        from byol_fast.evaluate import undecodable
+
         return [
             f"tested on {self.labelled.source}",
-            *common.left_out(self.undecodable()),
+            *undecodable.notes(**self.bad()),
             *common.from_cache(*self.used),
         ]
 
@@ -195,6 +207,6 @@ def open_benchmark(args: argparse.Namespace) -> Frozen:
 
 def default_jobs() -> int:
     """Every core this process may use."""
-    import os
+    from pipelines.cores import worker_threads
 
-    return len(os.sched_getaffinity(0))
+    return worker_threads()

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises as `common.open_network` and `data.prepare`, and ValueError for k or T."""
     if min(args.k) < 1 or args.temperature <= 0:
         raise ValueError("--k must be at least 1 and --temperature above 0")
-    from byol_fast.evaluate import data, knn
+    from byol_fast.evaluate import data, knn, undecodable
 
     network = common.open_network(args)
     labelled = common.open_labelled(args)
@@ -70,18 +70,21 @@ def run(args: argparse.Namespace) -> None:
         )
         for k, accuracy in at_k.items()
     ]
-    undecodable = len(bank.bad) + len(queries.bad)
+    bad = {
+        "train": undecodable.named(parts[0][0], bank.bad),
+        "test": undecodable.named(parts[1][0], queries.bad),
+    }
     result: dict[str, Any] = {
         "protocol": {"name": "knn", "k": args.k, "temperature": args.temperature},
         "published_protocol": not args.quick,
         "top1": {str(k): accuracy for k, accuracy in at_k.items()},
         "images_per_second": rate,
         "images": {"train": len(bank.ids), "test": len(queries.ids)},
-        "undecodable": undecodable,
+        **undecodable.described(**bad),
     }
     notes = [
         f"tested on {labelled.source}",
-        *common.left_out(undecodable),
+        *undecodable.notes(**bad),
         *common.from_cache(bank, queries),
     ]
     common.finish(args, where, record.provenance(args, network, labelled), result, rows, notes)

@@ -37,7 +37,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises as `common.open_network`, `data.prepare` and `linear.fit`."""
     protocol = _protocol(args)  # complain before reading data
-    from byol_fast.evaluate import head, linear
+    from byol_fast.evaluate import head, linear, undecodable
 
     network = common.open_network(args)
     labelled = common.open_labelled(args)
@@ -60,6 +60,10 @@ def run(args: argparse.Namespace) -> None:
     head.save(
         outcome.head, head_path, classes=labelled.classes, about=record.head_of(network, "centre")
     )
+    bad = {
+        "train": undecodable.named(labelled.train, outcome.bad_train),
+        "test": undecodable.named(labelled.test, outcome.bad_test),
+    }
     changed = _changes(args)
     row = Row(
         protocol=QUICK_LABEL if protocol.cached else f"linear, {protocol.name}{changed}",
@@ -75,13 +79,16 @@ def run(args: argparse.Namespace) -> None:
         "top5": outcome.top5,
         "final_loss": outcome.final_loss,
         "images_per_second": outcome.images_per_second,
-        "images": {"train": len(labelled.train), "test": outcome.test_images},
-        "undecodable": outcome.bad_images,
+        "images": {
+            "train": len(labelled.train) - len(outcome.bad_train),
+            "test": outcome.test_images,
+        },
+        **undecodable.described(**bad),
         "head": str(head_path),
     }
     notes = [
         f"tested on {labelled.source}",
-        *common.left_out(outcome.bad_images),
+        *undecodable.notes(**bad),
         f"classifier: {result['arithmetic']}; saved as {head_path}",
     ]
     if protocol.name == "paper":

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises as `frozen.open_frozen` and `lowshot.fit`, and ValueError for k."""
     if args.k and min(args.k) < 1:
         raise ValueError("--k must be at least 1")
-    from byol_fast.evaluate import lowshot, svm
+    from byol_fast.evaluate import lowshot, svm, undecodable
 
     svm.classifier(svm.USUAL_COST)  # without scikit-learn: better known before the features
     costs = svm.QUICK_COSTS if args.quick else svm.COSTS
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         "cost_chosen_by": "mean AP on the training images of the other samples",
         "k": {str(each.k): _described(each) for each in outcomes},
         "images": {"train": len(train.ids), "test": len(test.ids)},
-        "undecodable": opened.undecodable(),
+        **undecodable.described(**opened.bad()),
     }
     notes = [
         *opened.notes(),

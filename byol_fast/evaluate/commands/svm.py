@@ -18,7 +18,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises as `frozen.open_frozen` and `svm.fit`."""
-    from byol_fast.evaluate import svm
+    from byol_fast.evaluate import svm, undecodable
 
     svm.classifier(svm.USUAL_COST)  # without scikit-learn: better known before the features
     costs = svm.QUICK_COSTS if args.quick else svm.COSTS
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             )
         },
         "images": {"train": len(train.ids), "test": len(test.ids)},
-        "undecodable": opened.undecodable(),
+        **undecodable.described(**opened.bad()),
     }
     notes = opened.notes()
     if unseen := [name for name, ap in zip(classes, outcome.aps, strict=True) if math.isnan(ap)]:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from byol_fast.evaluate.data import Labelled
     from byol_fast.evaluate.finetune import Progressing, Trained
     from byol_fast.evaluate.heads import Classifier
-    from byol_fast.evaluate.scores import Scores
+    from byol_fast.evaluate.scores import Measured, Scores
+    from byol_fast.evaluate.undecodable import Named
     from pipelines.spec import AugmentSpec
     from pipelines.stores import Store
 
@@ -69,7 +69,7 @@ class Outcome:
     trained: Trained
     scores: list[Scores]  # one for each classifier
     tested: int  # images
-    bad: int  # images of the test that could not be decoded
+    bad: dict[str, Named]  # those of `train` and `test` that could not be decoded
 
     @property
     def images_per_second(self) -> float | None:
@@ -109,7 +109,7 @@ class Job:
             label=part,
         )
 
-    def test(self, module: Classifier, store: Store, label: str) -> tuple[list[Scores], int, int]:
+    def test(self, module: Classifier, store: Store, label: str) -> Measured:
         """Scores of the classifiers in `module`, images tested and left out; rank 0 measures."""
         from byol_fast.evaluate import scores
 
@@ -117,7 +117,7 @@ class Job:
         if self.world.is_main:
             classes = len(self.labelled.classes)
             found = scores.measure(module, store, classes, label=label, **self.network.reading)
-        shared: tuple[list[Scores], int, int] = self.world.share(found)
+        shared: Measured = self.world.share(found)
         return shared
 
     @property
@@ -135,17 +135,27 @@ class Job:
 
     def train_and_test(self, module: Classifier, recipe: Recipe) -> Outcome:
         """`train` on all training images, then `test` on all test images."""
-        trained = self.train(module, self.labelled.train, recipe, "training")
-        scores, tested, bad = self.test(module, self.labelled.test, "testing")
-        return Outcome(trained=trained, scores=scores, tested=tested, bad=bad)
+        from byol_fast.evaluate import undecodable
+
+        train, test = self.labelled.train, self.labelled.test
+        trained = self.train(module, train, recipe, "training")
+        found = self.test(module, test, "testing")
+        bad = {
+            "train": undecodable.named(train, trained.bad),
+            "test": undecodable.named(test, found.bad),
+        }
+        return Outcome(trained=trained, scores=found.each, tested=found.tested, bad=bad)
 
     def described(self, outcome: Outcome) -> dict[str, Any]:
         """The result file's part on training and images."""
+        from byol_fast.evaluate import undecodable
+
+        left = len(self.labelled.train) - len(outcome.bad["train"])
         return {
             "final_loss": outcome.trained.final_loss,
             "images_per_second": outcome.trained.images_per_second,
-            "images": {"train": len(self.labelled.train), "test": outcome.tested},
-            "undecodable": outcome.bad,
+            "images": {"train": left, "test": outcome.tested},
+            **undecodable.described(**outcome.bad),
             "ranks": self.world.size,
         }
 
@@ -162,9 +172,11 @@ class Job:
         Args:
             labelled: the data set that was given, where the job's own is a share of it.
         """
+        from byol_fast.evaluate import undecodable
+
         labelled = labelled or self.labelled
         about = record.provenance(self.args, self.network, labelled)
-        notes = [f"tested on {labelled.source}", *common.left_out(outcome.bad), *notes]
+        notes = [f"tested on {labelled.source}", *undecodable.notes(**outcome.bad), *notes]
         common.finish(self.args, self.where, about, result, rows, notes)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -175,17 +187,16 @@ class Job:
 
     def about(self, store: Store, recipe: Recipe) -> dict[str, Any]:
         """What a training's outcome depends on."""
+        from byol_fast.evaluate import decoding
+
         return {
             "recipe": asdict(recipe),
-            "weights": self._sha256,
+            "weights": self.network.weights.sha256,
             "images": store.fingerprint,
+            "reading": decoding.described(self.network.backend, store, self.network.device),
             "image size": self.network.image_size,
             "seed": self.args.seed,
         }
-
-    @cached_property
-    def _sha256(self) -> str:
-        return self.network.weights.sha256  # reads the whole file
 
     def folder_of(self, part: str) -> Path:
         """Of the checkpoints of one training."""

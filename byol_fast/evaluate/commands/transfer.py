@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises as `frozen.open_frozen`, `data.prepare` and `logistic.search`."""
     import torch
 
-    from byol_fast.evaluate import head, logistic
+    from byol_fast.evaluate import head, logistic, undecodable
 
     penalties = logistic.QUICK_PENALTIES if args.quick else logistic.PENALTIES
     opened = frozen.open_frozen(args, crop="centre" if args.quick else "square")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         "validation": {f"{penalty:.6g}": value for penalty, value in found.validation.items()},
         "chosen_on": chosen_on,
         "images": {"train": len(x), "validation": len(unseen), "test": len(test.ids)},
-        "undecodable": opened.undecodable(),
+        **undecodable.described(**opened.bad()),
         "head": str(head_path),
     }
     notes = [

@@ -18,19 +18,18 @@ import numpy.typing as npt
 
 from byol_fast.evaluate.dense.boxes import Annotated, DetectionSet, fit_box
 from byol_fast.evaluate.dense.images import fingerprint, read_bytes, refuse
-from pipelines.errors import DataError, MissingBackend
+from pipelines.errors import DataError, import_problem
 
 FIGURES = ("AP", "AP50", "AP75")  # the first three of pycocotools' twelve
 
 
 def need_pycocotools() -> None:
-    """Raises MissingBackend with the command that installs it."""
+    """Raises MissingBackend with the cause and the command that installs it."""
     try:
         import pycocotools.mask  # noqa: F401
-    except ImportError as error:
-        raise MissingBackend(
-            "COCO's masks and metric need pycocotools: pip install '.[evaluate]' in the checkout"
-        ) from error
+    except Exception as error:
+        install = "pip install '.[evaluate]' in the checkout"
+        raise import_problem("pycocotools", "pycocotools", error, install) from error
 
 
 def read(root: Path | str, sets: tuple[str, ...]) -> DetectionSet:

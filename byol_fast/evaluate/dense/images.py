@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pipelines.decode import decode
 from pipelines.errors import BadImage, DataError
+from pipelines.reading import patiently
 
 Pixels = npt.NDArray[np.uint8]
 _SHOWN = 5  # problems that a message lists
@@ -23,7 +24,7 @@ def read_bytes(path: Path, what: str) -> bytes:
         DataError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return patiently(path.read_bytes)
     except OSError as error:
         raise DataError(f"{what} {path} cannot be read: {error.strerror}") from error
 

@@ -298,7 +298,7 @@ def test_f27_a_rank_that_cannot_load_the_checkpoint_is_named_and_all_end(runs, t
         "    checkpoint.load = load\n"
     )
     run = runs(out, *SMALL, ranks=2, fault=fault)
-    run.wait(30)
+    run.wait()
     assert set(run.codes.values()) == {3}, run.said
     assert "rank 1 on " in run.said and "there is no such checkpoint" in run.said
     assert "Traceback" not in run.said

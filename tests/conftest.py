@@ -1,6 +1,7 @@
-"""What is settled by what is imported first: for Triton its interpreter, where there is no GPU.
+"""The same surroundings for every test, whoever starts pytest, and what is imported first.
 
 FFCV imports distutils: setuptools comes first, so that Inductor, which needs it, finds one of them.
+Without a GPU Triton is interpreted, which is settled by its import.
 """
 
 import importlib.util
@@ -13,6 +14,16 @@ from typing import Any
 import pytest
 import torch
 from faults.harness import Zygote, run_ranks
+
+# What a shell, a job of Slurm or another torchrun has set reaches every command called here.
+_OF_JOBS = ("SLURM_", "PET_", "TORCHELASTIC_", "WANDB_")
+_OF_SHELLS = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CDPATH", "PYTHONWARNINGS"}
+_OF_SHELLS |= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_OF_SHELLS |= {"NNODES", "NPROC", "NODE_RANK", "MAX_RESTARTS", "BYOL_FAST_TIMEOUT"}
+for name in list(os.environ):
+    if name in _OF_SHELLS or name.startswith(_OF_JOBS):
+        del os.environ[name]
+os.umask(0o022)
 
 if importlib.util.find_spec("setuptools"):
     import setuptools  # noqa: F401
@@ -47,6 +58,12 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if left := terminalreporter.config.stash[_LEFT]:
         terminalreporter.write_line(f"{left} slow tests are left to ./launch/test.sh --all")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads an index that an earlier run has left, nor leaves one."""
+    os.environ["BYOL_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache") / "index")
 
 
 @pytest.fixture(autouse=True)

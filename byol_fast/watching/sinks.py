@@ -46,8 +46,8 @@ def require_wandb() -> Any:
         import wandb
     except Exception as error:
         raise import_problem("W&B", "wandb", error, install) from error
-    if getattr(wandb, "__file__", None) is None:  # a folder of runs is a package to Python
-        where = ", ".join(getattr(wandb, "__path__", ()))
+    if getattr(wandb, "__file__", None) is None and hasattr(wandb, "__path__"):
+        where = ", ".join(wandb.__path__)  # a folder of runs is a package to Python
         raise MissingBackend(f"W&B is not installed, {where} is a folder of that name: {install}")
     return wandb
 

@@ -53,6 +53,7 @@ def _rank(rank: int, port: str, folder: str) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_send_what_the_model_says(in_ranks, tmp_path: Path) -> None:
     in_ranks(_rank, 2, free_port(), tmp_path)
     for rank in range(2):

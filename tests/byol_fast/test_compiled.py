@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from faults.harness import Zygote, run_ranks
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -221,31 +221,39 @@ def _steps(world: World, way: str) -> list[torch.Tensor]:
     return [t.detach().clone() for t in model.state_dict().values()]
 
 
-def _rank(rank: int, file: str, results: dict[tuple[int, str], object]) -> None:
-    patience = timedelta(seconds=100)
+def _rank(rank: int, file: str, folder: str) -> None:
+    patience = timedelta(seconds=600)  # only a hang takes longer
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=patience
     )
     world = World(rank, 2, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
     logged = io.StringIO()
     logging.basicConfig(stream=logged, level=logging.WARNING, format="%(message)s")
+    results: dict[str, object] = {}
     for way in ("stands", "compiled"):
-        results[rank, way] = _steps(world, way)
+        results[way] = _steps(world, way)
     for stage in (*STAGES, WITHOUT_MEMORY):
-        results[rank, stage] = _broken(world, stage, logged)
+        results[stage] = _broken(world, stage, logged)
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]:
+def two_ranks(
+    zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], Any]:
     """What two ranks found, by rank and what they did."""
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (str(tmp_path_factory.mktemp("ranks") / "store"), results), nprocs=2)
-        return dict(results)
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(zygote, folder, _rank, 2, folder / "store", folder)
+    return {
+        (rank, what): found
+        for rank in range(2)
+        for what, found in torch.load(folder / f"{rank}.pt").items()
+    }
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_under_ddp_with_shared_statistics_two_ranks_compile_too(
     two_ranks: dict[tuple[int, str], Any],
 ) -> None:
@@ -257,6 +265,7 @@ def test_under_ddp_with_shared_statistics_two_ranks_compile_too(
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_f27_a_compiler_that_fails_on_one_rank_leaves_no_rank_waiting(
     two_ranks: dict[tuple[int, str], Any], stage: str
@@ -268,6 +277,7 @@ def test_f27_a_compiler_that_fails_on_one_rank_leaves_no_rank_waiting(
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_f26_too_little_memory_in_the_trial_is_no_failure_of_the_compiler(
     two_ranks: dict[tuple[int, str], Any],
 ) -> None:

@@ -87,7 +87,8 @@ def on_terminal(code: str, *, env: dict[str, str] | None = None) -> tuple[str, i
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "CI")}
     plain |= {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", "PYTHONUTF8": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        # As ASCII: an argument is decoded by the locale, which may know no more.
+        [sys.executable, "-c", f"exec({textwrap.dedent(code)!a})"],
         stdin=side,
         stdout=side,
         stderr=side,

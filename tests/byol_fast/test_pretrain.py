@@ -103,7 +103,7 @@ def test_resuming_at_any_step_ends_bitwise_the_same(
     whole: Path, folder: Path, tmp_path: Path
 ) -> None:
     run = ("--data", folder, "--out", tmp_path)
-    stops = (1, 7, 12, 23)  # 7 and 23 lie in the middle of an epoch of 4 steps
+    stops = (7, 12)  # in the middle of an epoch of 4 steps, and at an evaluation
     for stop in stops:
         assert pretrain(*run, "--max-steps", stop) == 0
         status = json.loads((tmp_path / "status.json").read_text())
@@ -118,7 +118,7 @@ def test_resuming_at_any_step_ends_bitwise_the_same(
         state["config"]["run"].pop("max_steps")
     assert_same(a, b)
     logs = [metrics.reproducible(metrics.read(out / "metrics.jsonl")) for out in (whole, tmp_path)]
-    extra = {*stops} - {1, 12}  # a stop logs its own last step
+    extra = {7}  # a stop logs its own last step
     assert [row for row in logs[1] if row["step"] not in extra] == logs[0]
 
 

@@ -79,11 +79,11 @@ def test_f1_kill_at_20_random_points_of_saving(zygote: Zygote, tmp_path: Path):
     assert newest >= 20
 
 
-@pytest.mark.slow
-def test_attack_of_100_kills(zygote: Zygote, tmp_path: Path):
-    """kill -9 from outside after a random time: 100 of 100 times the newest checkpoint is whole."""
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_attack_of_kills(zygote: Zygote, tmp_path: Path, kills: int):
+    """kill -9 from outside after a random time: each time the newest checkpoint is whole."""
     folder, ready, rng, newest = tmp_path / "checkpoints", tmp_path / "ready", random.Random(1), 0
-    for attempt in range(100):
+    for attempt in range(kills):
         ready.unlink(missing_ok=True)
         pid = zygote.start([folder, 0], tmp_path / "output", {}, SAVER)
         wait_until(ready.exists, "the saver saves")
@@ -94,7 +94,7 @@ def test_attack_of_100_kills(zygote: Zygote, tmp_path: Path):
         os.kill(pid, signal.SIGKILL)
         assert zygote.wait(pid) == -signal.SIGKILL
         newest = assert_whole(folder, newest)
-    assert newest >= 50
+    assert newest >= kills // 2
 
 
 def test_attack_of_100_flipped_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -298,7 +298,7 @@ def test_f27_a_rank_that_cannot_load_the_checkpoint_is_named_and_all_end(runs, t
         "    checkpoint.load = load\n"
     )
     run = runs(out, *SMALL, ranks=2, fault=fault)
-    run.wait(30)
+    run.wait()
     assert set(run.codes.values()) == {3}, run.said
     assert "rank 1 on " in run.said and "there is no such checkpoint" in run.said
     assert "Traceback" not in run.said

@@ -20,7 +20,7 @@ def watched(tmp_path: Path, *commands: list[str]) -> tuple[Any, dict[str, Any]]:
     for one in commands:
         words += ["--", *one]
     start = [*without_network(), sys.executable, str(WATCHED), str(report)]
-    end = ended([*start, *words[1:]], limit=240)
+    end = ended([*start, *words[1:]])
     return end, json.loads(report.read_text())
 
 

@@ -61,7 +61,7 @@ print(next(made.steps(0, 1)).x.shape)
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert "torch.Size([2, 4, 3, 16, 16])" in done.stdout, done.stderr

@@ -24,6 +24,8 @@ for name in list(os.environ):
     if name in _OF_SHELLS or name.startswith(_OF_JOBS):
         del os.environ[name]
 os.umask(0o022)
+# Threads of several processes wait for each other in turns: an SVD of 1 ms takes 1 s.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 if importlib.util.find_spec("setuptools"):
     import setuptools  # noqa: F401

@@ -21,6 +21,7 @@ def check(printed: str) -> None:
     assert all(after < before for before, after in falls), printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_trains(
     script: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -49,6 +49,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return {**json.loads((folder / "fps.json").read_text()), "text": text.getvalue()}
 
 
+@pytest.mark.slow
 def test_every_mode_leaves_a_rate_and_its_spread(result: dict) -> None:
     for mode in ("step", "loader", "e2e", "linear-eval"):
         row = result["modes"][mode]
@@ -227,6 +228,7 @@ def test_ablation_compares_with_and_without(monkeypatch: pytest.MonkeyPatch) -> 
         assert gains[change.name]["predicted"] == change.predicted
 
 
+@pytest.mark.slow
 def test_peers_take_turns_and_the_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightly", reason="lightly is not installed")
     monkeypatch.setitem(__import__("sys").modules, "byol_pytorch", None)

@@ -66,6 +66,7 @@ def test_an_ablation_that_measures_nothing_has_failed(tmp_path: Path) -> None:
     assert "unknown backbone" in (tmp_path / "a.json").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_bare_takes_as_many_micro_batches_as_what_is_logged(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_detector_learns_what_it_is_shown(tmp_path):
     assert set(result.by_class) == {"car", "dog", "person"}
 
 
+@pytest.mark.slow
 def test_a_segmenter_learns_what_it_is_shown(tmp_path):
     root = make_voc_masks(tmp_path / "data", train=6, test=1)
     recipe = tiny(recipes.VOC12AUG, iterations=120, scales=(1.0, 1.0), channels=32, dropout=0.0)

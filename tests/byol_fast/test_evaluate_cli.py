@@ -441,6 +441,7 @@ def test_images_of_a_folder_to_predict_leave_out_what_others_do(tmp_path, caplog
     assert "left out: 1 folder that a NAS" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.ffcv
 @pytest.mark.skipif(not ffcv_available(), reason="FFCV is not installed (launch/install_ffcv.sh)")
 def test_ffcv_decodes_labelled_data(weights, data, tmp_path, capsys):

@@ -198,6 +198,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("images") / "train", images=32)
 
 
+@pytest.mark.slow
 def test_resuming_ends_bitwise_the_same(images: Path, tmp_path: Path) -> None:
     options = ["--method", "simsiam+directpred", "--epochs", "2", "--eval-every", "0"]
     short = [*TINY, "--data", str(images), *options]

@@ -122,6 +122,7 @@ def test_finished_classes_are_not_fitted_again(tmp_path, monkeypatch):
     assert np.array_equal(again.scores, whole.scores) and again.aps == whole.aps
 
 
+@pytest.mark.slow
 def test_more_processes_change_nothing():
     (x, targets), (unseen, truth) = blobs(noise=0.6), blobs(15, seed=1)
     one, two = (svm.fit(x, targets, unseen, truth, costs=COSTS, jobs=j) for j in (1, 2))

@@ -315,7 +315,10 @@ def test_a_run_from_a_damaged_beton_is_refused(
 # F23: slow storage
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize(
+    "backend",
+    [BACKENDS[0], pytest.param(*BACKENDS[1].values, marks=[*BACKENDS[1].marks, pytest.mark.slow])],
+)
 def test_slow_storage_is_waited_for_and_named(
     backend: str, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

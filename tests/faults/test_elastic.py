@@ -54,8 +54,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("sync", ["--bn-sync", "--no-bn-sync"])
+@pytest.mark.parametrize(
+    ("sync", "before", "after"),
+    [
+        ("--bn-sync", 2, 1),
+        ("--no-bn-sync", 1, 2),
+        pytest.param("--bn-sync", 1, 2, marks=pytest.mark.slow),
+        pytest.param("--no-bn-sync", 2, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_f8_other_ranks_same_rows(
     runs, whole: Path, tmp_path: Path, before: int, after: int, sync: str
 ):

@@ -13,7 +13,7 @@ SHORT = f"import os; os.environ['BYOL_FAST_TIMEOUT'] = '{SECONDS}'\n"
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_f12_a_stopped_rank_is_named(runs, tmp_path: Path, stopped: int):
     """Rank 0 also holds the store that the others would learn from."""
     run = runs(tmp_path / "run", *SMALL, *ENDLESS, ranks=2, fault=SHORT)
@@ -48,6 +48,7 @@ ViewPipeline._views = _views
 )
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_f12_a_rank_stuck_in_the_loader_is_placed(runs, tmp_path: Path):
     run = runs(tmp_path / "run", *SMALL, *ENDLESS, ranks=2, fault=STUCK)
@@ -79,6 +80,7 @@ outcome.finish = finish
 )
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_rank_that_has_finished_is_not_taken_for_one_that_hangs(runs, tmp_path: Path):
     """Rank 0 exports and reports for longer than a rank may be silent."""

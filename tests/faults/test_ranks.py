@@ -36,8 +36,10 @@ def assert_root_first(said: str, rank: int) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("stuck", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "stuck"),
+    [(0, False), (1, False), (0, True), pytest.param(1, True, marks=pytest.mark.slow)],
+)
 def test_f14_an_exception_on_one_rank(runs, tmp_path: Path, rank: int, stuck: bool):
     """The other rank waits in a collective, or (stuck) where no collective will ever wake it."""
     mark = tmp_path / "raised"

@@ -70,6 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("whole") / "run"
 
 
+@pytest.mark.slow
 def test_f6_kill_at_any_of_20_steps_ends_bitwise_the_same(runs, whole: Path, tmp_path: Path):
     assert runs(whole, *SMALL, *EVERY).wait() == 0
     for step in range(1, 21):

@@ -112,6 +112,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_ffcv_wrote_of_jpegs_and_raw_pixels(tmp_path: Path) -> None:
     script, path = tmp_path / "write.py", tmp_path / "ffcv.beton"
     script.write_text(FFCV_WRITES)

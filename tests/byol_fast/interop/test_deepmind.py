@@ -109,6 +109,7 @@ def forward(tree: tuple[dict, dict], images: torch.Tensor) -> torch.Tensor:
     return x.mean((2, 3))
 
 
+@pytest.mark.slow
 def test_features_are_the_authors_(checkpoint, tmp_path):
     path, trees = checkpoint
     done = import_file(path, tmp_path / "out", network="target", image_size=SIZE, full=True)

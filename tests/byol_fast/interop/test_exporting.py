@@ -159,6 +159,7 @@ def test_detectron2_s_file(tmp_path, whole):
     assert not any(key.startswith("fc") for key in arrays)
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_same_features_for_any_batch(tmp_path, whole):
     padding = "same"  # the harder one: it depends on the image's size
     for package in ("onnx", "onnxscript", "onnxruntime"):

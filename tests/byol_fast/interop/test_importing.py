@@ -338,6 +338,7 @@ def test_another_network_of_torchvision_without_its_classifier(tmp_path, name):
     assert torch.equal(features_of(load_backbone(done.files[0]), 64), features_of(expected, 64))
 
 
+@pytest.mark.slow
 def test_a_resnet_below_any_prefix(tmp_path, parts):
     """MoCo's, SimSiam's, DINO's and SwAV's files, and what people make of their own."""
     backbone = parts["backbone"]

@@ -32,6 +32,7 @@ def test_an_example_trains(
     check(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_in_a_checkout_nothing_need_be_installed(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(

@@ -69,6 +69,7 @@ def test_every_mode_leaves_a_rate_and_its_spread(result: dict) -> None:
     assert result["command"].startswith("python benchmarks/fps.py")
 
 
+@pytest.mark.slow
 def test_the_table_has_what_is_promised(result: dict, capsys: pytest.CaptureFixture[str]) -> None:
     row = result["modes"]["step"]
     assert row["host_waits"] == 0
@@ -107,6 +108,7 @@ def test_the_table_has_what_is_promised(result: dict, capsys: pytest.CaptureFixt
         assert words in text
 
 
+@pytest.mark.slow
 def test_the_verdict_names_each_mode_and_the_target(result: dict) -> None:
     assert "0 images/s per GPU" in result["verdict"][0]
     rates, predictions = result["verdict"][1:5], result["verdict"][5:]
@@ -217,6 +219,7 @@ def test_step_times_and_limits_are_positive(monkeypatch: pytest.MonkeyPatch) -> 
     assert hardware.copy_bytes(CPU.device) == 2 * 2**26 / 0.5
 
 
+@pytest.mark.slow
 def test_ablation_compares_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(change.with_it != change.without for change in ablation.CHANGES)
     some = [c for c in ablation.CHANGES if c.name in ("both views in one pass", "captured")]

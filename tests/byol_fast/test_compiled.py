@@ -89,6 +89,7 @@ def train(model: BYOL, networks, steps: int = 3) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_steps() -> None:
     networks = prepare(model := make())
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -58,7 +58,15 @@ def run(task, protocol, weights, data, out, *more) -> int:
     return main([task, *map(str, words), "--batch-size", "2", *map(str, more)])
 
 
-@pytest.mark.parametrize(("task", "protocol"), MAKERS)
+@pytest.mark.parametrize(
+    ("task", "protocol"),
+    [
+        ("detect", "voc"),
+        pytest.param("detect", "coco", marks=pytest.mark.slow),
+        pytest.param("segment", "voc12aug", marks=pytest.mark.slow),
+        ("segment", "cityscapes"),
+    ],
+)
 def test_a_protocol_stops_when_asked_and_the_same_command_ends_it(
     task, protocol, weights, data, tmp_path, monkeypatch, capsys
 ):

@@ -147,7 +147,7 @@ def test_a_network_of_one_s_own_needs_its_module(tmp_path, hidden_layer):
     "options",
     [
         {"stem": "cifar"},
-        {"hidden_layer": "layer2"},
+        pytest.param({"hidden_layer": "layer2"}, marks=pytest.mark.slow),
         {"backbone": TinyNet(), "hidden_layer": "pool"},
     ],
 )

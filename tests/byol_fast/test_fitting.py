@@ -42,7 +42,13 @@ def advise(model: BYOL, batch: int, accumulate: int = 1) -> str:
 
 @pytest.mark.parametrize(
     ("images", "batch", "accumulate", "fits"),
-    [(16, 32, 1, 2), (10, 32, 1, 4), (3, 24, 2, 8), (2, 12, 1, 6), (11, 33, 1, 3)],
+    [
+        (16, 32, 1, 2),
+        (10, 32, 1, 4),
+        pytest.param(3, 24, 2, 8, marks=pytest.mark.slow),
+        pytest.param(2, 12, 1, 6, marks=pytest.mark.slow),
+        (11, 33, 1, 3),
+    ],
 )
 def test_the_fewest_micro_batches_that_fit_are_named(
     images: int, batch: int, accumulate: int, fits: int

@@ -204,6 +204,7 @@ def test_mistakes_have_their_exit_codes(run, data, tmp_path, capsys):
     assert "lower rate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quick_chooses_in_a_set_smaller_than_a_batch(run, data):
     """Its batch may be the whole training set, of which a fifth is held out to choose by."""
     words = ("--quick", "--share", 0.5, "--lr", 1e-6, 0.05)

@@ -149,6 +149,7 @@ def test_the_collapse_alarm_without_a_predictor(method: str, collapses: bool) ->
     assert bool(told) is collapses
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_steps() -> None:
     plain = make("simsiam+directpred+group-ws")
     fast = copy.deepcopy(plain)

@@ -183,6 +183,7 @@ def test_equals_two_plain_forwards(batch):
     assert_same_as_plain(model, views(batch), 1e-5)
 
 
+@pytest.mark.slow
 def test_resnet18_equals_two_plain_forwards_in_channels_last():
     torch.manual_seed(0)
     model = BYOL("resnet18", image_size=32, stem="cifar", **SMALL)

@@ -132,6 +132,7 @@ def test_it_equals_the_reference_step_after_step(divide, variant, impl):
     compare(impl, divide, variant, steps=30)
 
 
+@pytest.mark.slow
 def test_it_does_so_on_all_35_million_parameters():
     """Norms over tensors of millions: their sums are where the two may differ by rounding."""
     compare("foreach", 1, {}, steps=3, warmup=1)

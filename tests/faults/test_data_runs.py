@@ -203,6 +203,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 def test_a_loader_thread_that_crashes_takes_the_process_along_and_repeating_mends_it(
     unlabelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,10 +316,8 @@ def test_a_run_from_a_damaged_beton_is_refused(
 # F23: slow storage
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [BACKENDS[0], pytest.param(*BACKENDS[1].values, marks=[*BACKENDS[1].marks, pytest.mark.slow])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_slow_storage_is_waited_for_and_named(
     backend: str, unlabelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,7 +215,14 @@ COLLAPSING = (*SMALL, "--epochs", "15", "--base-lr", "1.0", "--target-decay", "0
 ALARM_WITHIN = 80  # steps, with a line of the log each step
 
 
-@pytest.mark.parametrize("policy", ["warn", "stop", "stop-collapsed"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param("warn", marks=pytest.mark.slow),
+        pytest.param("stop", marks=pytest.mark.slow),
+        "stop-collapsed",
+    ],
+)
 def test_f16_a_forced_collapse_raises_the_alarm(runs, tmp_path: Path, policy: str):
     out = tmp_path / "run"
     fault = NO_PREDICTOR.format(collapse=True)

@@ -95,7 +95,7 @@ online_eval.OnlineEvaluation.measure = measure
 @pytest.mark.parametrize(
     ("ranks", "error"),
     [
-        (1, "MemoryError()"),
+        pytest.param(1, "MemoryError()", marks=pytest.mark.slow),
         (2, "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9.00 GiB.')"),
     ],
 )

@@ -84,7 +84,10 @@ def test_f10_from_outside(runs, tmp_path: Path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("signalled", ["0", "1", "01"])
+@pytest.mark.parametrize(
+    "signalled",
+    [pytest.param("0", marks=pytest.mark.slow), "1", pytest.param("01", marks=pytest.mark.slow)],
+)
 def test_f10_two_ranks_agree_on_the_step(runs, tmp_path: Path, signalled: str):
     out = tmp_path / "run"
     numbers = [int(signal.SIGTERM), int(signal.SIGTERM)]

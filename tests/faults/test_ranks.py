@@ -38,7 +38,7 @@ def assert_root_first(said: str, rank: int) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("rank", "stuck"),
-    [(0, False), (1, False), (0, True), pytest.param(1, True, marks=pytest.mark.slow)],
+    [(0, False), (1, False), *(pytest.param(r, True, marks=pytest.mark.slow) for r in (0, 1))],
 )
 def test_f14_an_exception_on_one_rank(runs, tmp_path: Path, rank: int, stuck: bool):
     """The other rank waits in a collective, or (stuck) where no collective will ever wake it."""

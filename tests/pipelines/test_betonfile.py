@@ -210,6 +210,7 @@ def parts(dtype: np.dtype) -> list[tuple[np.dtype, int]]:
     return [dtype.fields[name][:2] for name in dtype.names]
 
 
+@pytest.mark.slow
 @pytest.mark.ffcv
 @needs_ffcv
 def test_the_layout_is_ffcvs() -> None:

@@ -66,6 +66,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
 # ---- Every operation, order, size ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("semantics", SEMANTICS)
 def test_every_order(semantics: Semantics) -> None:
     table = strong_table(2, 12, semantics)
@@ -81,11 +82,11 @@ def test_every_order(semantics: Semantics) -> None:
     ("views", "batch", "size", "tile"),
     [
         (2, 2, 8, 32),
-        (1, 3, 19, 32),
+        pytest.param(1, 3, 19, 32, marks=pytest.mark.slow),
         (2, 1, 21, 32),
-        (1, 2, 33, 32),
-        (1, 1, 96, 64),
-        (1, 1, 160, 256),
+        pytest.param(1, 2, 33, 32, marks=pytest.mark.slow),
+        pytest.param(1, 1, 96, 64, marks=pytest.mark.slow),
+        pytest.param(1, 1, 160, 256, marks=pytest.mark.slow),
         (1, 1, 224, 256),
     ],
 )

@@ -55,6 +55,7 @@ def test_backbones_come_back_bitwise(tmp_path, whole, layout, network):
         assert torch.equal(features_of(load_backbone(done.files[0])), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", MODELS)
 def test_whole_models_come_back(tmp_path, model, run, layout):
     options = {"ignore_padding": True} if layout == "solo-learn" else {}

@@ -296,6 +296,7 @@ def test_byol_pytorch_s_simplicial_projector_is_said_to_be_another(tmp_path, par
         import_file(tmp_path / "x.pt", tmp_path / "out", full=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvision_s_and_timm_s_networks(tmp_path, name):
     timm = pytest.importorskip("timm", reason="timm is not installed")

@@ -55,6 +55,7 @@ def transformers_s(tensors: dict) -> dict:
 
 
 # what an nn.Sequential runs between its first BatchNorm and its first stage, and what is said
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("left_out", "stem", "changes", "words"),
     [

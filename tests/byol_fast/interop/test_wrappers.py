@@ -115,7 +115,15 @@ LEARNER = {"image_size": SIZE, "projection_size": 8, "projection_hidden_size": 1
 
 
 @pytest.mark.parametrize("hidden", [-1, "avgpool", -2])
-@pytest.mark.parametrize("how", ["pt", "safetensors", "lightning", "nested"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "pt",
+        pytest.param("safetensors", marks=pytest.mark.slow),
+        pytest.param("lightning", marks=pytest.mark.slow),
+        "nested",
+    ],
+)
 def test_a_learner_s_own_state_dict(tmp_path, hidden, how):
     learner = BYOL(torchvision.models.resnet18(), hidden_layer=hidden, **LEARNER)
     state = {key: value.contiguous() for key, value in learner.state_dict().items()}
